@@ -1,0 +1,306 @@
+r"""What a plugin declares: one optimizer step as step-wise coefficients.
+
+For one parameter tensor at step s, with g_i the gradient that step i was fed::
+
+    u_s     = E_s[g_s] + W_s[theta_{s-1}]               input of the filter
+    out_s   = C_s m_{s-1} + D_s u_s                     what the filter reads out
+    m_s     = A_s m_{s-1} + B_s u_s                     k filter states
+    theta_s = theta_{s-1} - P_s[out_s] - rho_s theta_{s-1}
+
+Unrolled, this is the paper's step learning rate ``alpha_{s,i} = C_s A_{s-1} ... A_{i+1} B_i`` (``D_s`` for i = s),
+the preconditioner ``P_s`` and the regularization ``r_s`` (Theorem 3.1, Corollary 3.2), for any optimizer.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from explaind_core.errors import CoefficientError, UnsupportedOptionError
+from explaind_core.operators import LinearOperator, Scalar, as_operator
+
+__all__ = ["LinearFilter", "OptimizerState", "RecordedStep", "StepCoefficients", "UpdateRule", "qualified_name"]
+
+Coefficient = float | LinearOperator
+FilterState = tuple[Tensor, ...]
+
+
+def _times(coefficient: Coefficient, x: Tensor) -> Tensor:
+    return coefficient.apply(x) if isinstance(coefficient, LinearOperator) else x * coefficient
+
+
+def _is_zero(coefficient: Coefficient) -> bool:
+    return not isinstance(coefficient, LinearOperator) and coefficient == 0
+
+
+def _combine(terms: Iterator[tuple[Coefficient, Tensor]], like: Tensor) -> Tensor:
+    total: Tensor | None = None
+    for coefficient, x in terms:
+        if not _is_zero(coefficient):
+            total = _times(coefficient, x) if total is None else total + _times(coefficient, x)
+    return torch.zeros_like(like) if total is None else total
+
+
+@dataclass(frozen=True)
+class LinearFilter:
+    """A linear filter with k states: ``out = C m + D u``, then ``m <- A m + B u``.
+
+    It reads the PREVIOUS state: momentum, exponential averages, bias correction, Nesterov and mixtures of
+    them all have this form. Coefficients are numbers, or operators where an optimizer needs that.
+
+    Args:
+        A: k rows of k coefficients. B: k coefficients. C: k coefficients. D: one coefficient.
+
+    Raises:
+        CoefficientError: the shapes do not agree, or a number is not finite.
+
+    Example:
+        >>> LinearFilter.momentum(0.9)
+        LinearFilter(A=((0.9,),), B=(1.0,), C=(0.9,), D=1.0)
+    """
+
+    A: Sequence[Sequence[Coefficient]] = ()
+    B: Sequence[Coefficient] = ()
+    C: Sequence[Coefficient] = ()
+    D: Coefficient = 1.0
+
+    def __post_init__(self) -> None:
+        k = len(self.B)
+        shapes = (len(self.A), *(len(row) for row in self.A), len(self.C))
+        if any(n != k for n in shapes):
+            raise CoefficientError(
+                "the coefficients of a LinearFilter do not agree on the number of states",
+                expected=f"A: {k} x {k}, C: {k}, as B has {k} entries",
+                got=f"A: {len(self.A)} rows of {[len(row) for row in self.A]}, C: {len(self.C)}",
+            )
+        object.__setattr__(self, "A", tuple(tuple(map(_checked, row)) for row in self.A))
+        object.__setattr__(self, "B", tuple(map(_checked, self.B)))
+        object.__setattr__(self, "C", tuple(map(_checked, self.C)))
+        object.__setattr__(self, "D", _checked(self.D))
+
+    @property
+    def order(self) -> int:
+        """The number k of states."""
+        return len(self.B)
+
+    def advance(self, state: FilterState, u: Tensor) -> tuple[Tensor, FilterState]:
+        """Feed ``u`` to the filter in ``state``; return what it reads out and its next state.
+
+        Example:
+            >>> out, state = LinearFilter.ema(0.9).advance((torch.zeros(1),), torch.ones(1))
+            >>> out
+            tensor([0.1000])
+        """
+        out = _combine(zip((*self.C, self.D), (*state, u), strict=True), u)
+        following = tuple(
+            _combine(zip((*row, b), (*state, u), strict=True), u) for row, b in zip(self.A, self.B, strict=True)
+        )
+        return out, following
+
+    @classmethod
+    def ema(cls, beta: float, *, bias_correction: int | None = None) -> LinearFilter:
+        """Exponential moving average ``m <- beta m + (1 - beta) u``, read out as ``m`` (``/ (1 - beta^t)``).
+
+        Args:
+            beta: decay, in [0, 1).
+            bias_correction: the clock t (steps of this parameter so far, this one included), None for none.
+
+        Example:
+            >>> LinearFilter.ema(0.5, bias_correction=1).D
+            1.0
+        """
+        correction = 1.0 if bias_correction is None else 1 - beta**bias_correction
+        return cls(A=((beta,),), B=(1 - beta,), C=(beta / correction,), D=(1 - beta) / correction)
+
+    @classmethod
+    def momentum(
+        cls, mu: float, *, dampening: float = 0.0, nesterov: bool = False, first: bool = False
+    ) -> LinearFilter:
+        """Momentum ``m <- mu m + (1 - dampening) u``, read out as ``m`` or, for Nesterov, as ``u + mu m``.
+
+        Args:
+            first: the buffer is just being created, which takes ``u`` undampened.
+
+        Example:
+            >>> LinearFilter.momentum(0.9, nesterov=True).D
+            1.9
+        """
+        b = 1.0 if first else 1.0 - dampening
+        c, d = (mu * mu, 1 + mu * b) if nesterov else (mu, b)
+        return cls(A=((mu,),), B=(b,), C=(c,), D=d)
+
+
+def _checked(coefficient: Any) -> Coefficient:
+    if isinstance(coefficient, LinearOperator):
+        return coefficient
+    try:
+        number = float(coefficient)
+    except (TypeError, ValueError, RuntimeError):
+        raise CoefficientError(
+            "a filter coefficient is neither a number nor an operator", got=type(coefficient).__name__
+        ) from None
+    if not math.isfinite(number):
+        raise CoefficientError("a filter coefficient is not finite", got=number)
+    return number
+
+
+@dataclass(frozen=True)
+class StepCoefficients:
+    """One optimizer step of one parameter tensor, declared.
+
+    Args:
+        preconditioner: P_s, which holds the learning rate; a number or an operator.
+        filter: (A, B, C, D), the step learning rates alpha_{s,i}.
+        gradient_operator: E_s, a frozen operator in front of the filter (-1 to maximize).
+        coupled_decay: W_s: weight decay that enters the filter.
+        decoupled_decay: rho_s: weight decay that does not.
+
+    Raises:
+        CoefficientError: an entry is not an operator, or a number is not finite.
+
+    Example:
+        >>> StepCoefficients(preconditioner=0.1, decoupled_decay=0.01).preconditioner
+        Scalar(factor=0.1)
+    """
+
+    preconditioner: LinearOperator | float
+    filter: LinearFilter = field(default_factory=LinearFilter)
+    gradient_operator: LinearOperator | float = 1.0
+    coupled_decay: LinearOperator | float = 0.0
+    decoupled_decay: LinearOperator | float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("preconditioner", "gradient_operator", "coupled_decay", "decoupled_decay"):
+            operator = as_operator(getattr(self, name), name)
+            if isinstance(operator, Scalar) and not math.isfinite(operator.factor):
+                raise CoefficientError(f"{name} is not finite", got=operator.factor)
+            object.__setattr__(self, name, operator)
+
+
+class OptimizerState(Mapping[str, Any]):
+    """Read-only state of one parameter in the optimizer; a missing entry is an error that says what there is.
+
+    Example:
+        >>> OptimizerState("weight", {"step": 3})["step"]
+        3
+    """
+
+    def __init__(self, parameter: str, entries: Mapping[str, Any], kind: str = "optimizer state") -> None:
+        self._parameter, self._entries, self._kind = parameter, entries, kind
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._entries:
+            raise CoefficientError(
+                f"the {self._kind} has no entry {key!r}",
+                where=f"parameter {self._parameter!r}",
+                expected=f"one of {sorted(self._entries)}",
+                got=key,
+            )
+        return self._entries[key]
+
+    # Mapping.get and Mapping.__contains__ look for KeyError, which a clear error is not.
+    def get(self, key: str, default: Any = None) -> Any:
+        """The entry, or ``default`` where there is none."""
+        return self._entries.get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """What a rule may look at: one step of one parameter tensor. Tensors are float64.
+
+    Attributes:
+        name: the parameter's name. step: s, counted from 1. clock: t, this PARAMETER's own steps so far, this
+            one included (a parameter without gradient does not tick).
+        hyper: its group's hyper-parameters as they stood before the step.
+        theta: theta_{s-1}. gradient: g_s as it was fed. displacement: the observed theta_s - theta_{s-1}.
+        before, after: its entry in the optimizer's state, before and after the step.
+    """
+
+    name: str
+    step: int
+    clock: int
+    hyper: Mapping[str, Any]
+    theta: Tensor
+    gradient: Tensor
+    displacement: Tensor
+    before: Mapping[str, Any]
+    after: Mapping[str, Any]
+
+
+def qualified_name(kind: type) -> str:
+    """``module.Class``, by which a class is recorded and found again.
+
+    Example:
+        >>> qualified_name(torch.optim.SGD)
+        'torch.optim.sgd.SGD'
+    """
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+class UpdateRule(ABC):
+    """The algebra of one optimizer. Subclass it, register it by a plugin, and every lens works.
+
+    Attributes:
+        optimizers: qualified names of the classes it speaks for (exactly these; a subclass is another optimizer).
+        options: hyper-parameters that it models, at any value.
+        fixed: hyper-parameters that it models at the listed values only.
+        filter_states: the optimizer-state entries that hold the filter's states m, in order. Needed for
+            runs whose recording starts with a non-empty state.
+
+    Example:
+        >>> class PlainDescent(UpdateRule):
+        ...     optimizers = ("my_package.PlainDescent",)
+        ...     options = frozenset({"lr"})
+        ...     def coefficients(self, step):
+        ...         return StepCoefficients(preconditioner=step.hyper["lr"])
+    """
+
+    optimizers: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[frozenset[str]] = frozenset()
+    fixed: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+    filter_states: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def coefficients(self, step: RecordedStep) -> StepCoefficients:
+        """The coefficients of this step; called for every step of every parameter that had a gradient."""
+
+    def claims(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether this rule speaks for ``optimizer``: by the exact name of its class."""
+        return qualified_name(type(optimizer)) in self.optimizers
+
+    def check_options(self, group: Mapping[str, Any], names: Sequence[str]) -> None:
+        """Refuse a parameter group that uses an option this rule does not model.
+
+        Args:
+            group: the group's hyper-parameters.
+            names: which of its keys are the optimizer's options (the keys of ``optimizer.defaults``).
+
+        Raises:
+            UnsupportedOptionError: naming the option, its value and the values that are modelled.
+        """
+        for name in names:
+            value = group.get(name)
+            if name in self.options or value in self.fixed.get(name, ()):
+                continue
+            modelled = f"{name} in {list(self.fixed[name])}" if name in self.fixed else sorted(self.options)
+            raise UnsupportedOptionError(
+                f"{type(self).__name__} does not model the option {name}={value!r}",
+                expected=modelled,
+                got=f"{name}={value!r}",
+                remedy="train without this option, or register a rule that models it",
+            )

@@ -1,0 +1,244 @@
+"""The update of every step, split into kernel, regularization and prehistory, with its distance from the truth.
+
+For each parameter tensor, with everything on the right in float64::
+
+    theta_s - theta_{s-1} = kernel_s + regularization_s + prehistory_s + error_s
+    kernel_s         = - sum_{i<=s} alpha_{s,i} P_s E_i g_i
+    regularization_s = - rho_s theta_{s-1} - P_s[ sum_{i<=s} alpha_{s,i} W_i theta_{i-1} ]
+    prehistory_s     = - P_s[ C_s A_{s-1} ... A_1 m_0 ]     (zero unless recording began with a used optimizer)
+
+The sums over i are never formed: the filter runs once over the kernel's inputs, once over the decay's and
+once over m_0. ``error_s`` is what the declaration does not explain: rounding, for a correct one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from explaind_core.coefficients import (
+    FilterState,
+    LinearFilter,
+    OptimizerState,
+    RecordedStep,
+    StepCoefficients,
+    UpdateRule,
+)
+from explaind_core.errors import CoefficientError, RecordingError
+from explaind_core.replay import Replay, ReplayedStep
+from explaind_core.run import Run
+
+__all__ = ["StepDecomposition", "UpdateSplit", "decompose"]
+
+
+@dataclass(frozen=True)
+class UpdateSplit:
+    """One parameter's update in float64; each part is what is ADDED to theta. ``prehistory`` is None where zero."""
+
+    kernel: Tensor
+    regularization: Tensor
+    prehistory: Tensor | None
+    displacement: Tensor
+
+    @property
+    def declared(self) -> Tensor:
+        """kernel + regularization + prehistory."""
+        total = self.kernel + self.regularization
+        return total if self.prehistory is None else total + self.prehistory
+
+
+@dataclass(frozen=True)
+class StepDecomposition:
+    """The split update of one step, by parameter name.
+
+    Attributes:
+        step: s. updates: parameter name -> :class:`UpdateSplit`.
+        theta_before, theta: the recorded theta_{s-1} and theta_s.
+        error: ``||declared - displacement|| / ||displacement||`` over all parameters (2-norms; 0 where both are 0).
+        rounding: ``eps ||theta_s|| / ||displacement||``: what rounding theta_s to its dtype can cost, in the same unit.
+        drift: largest difference between the replayed and the recorded theta_s.
+    """
+
+    step: int
+    updates: Mapping[str, UpdateSplit]
+    theta_before: Mapping[str, Tensor]
+    theta: Mapping[str, Tensor]
+    error: float
+    rounding: float
+    drift: float
+
+
+class _ParameterFilter:
+    """The three filter states of one parameter, and its clock."""
+
+    def __init__(self, name: str, rule: UpdateRule, state: Mapping[str, object], shape: torch.Size) -> None:
+        self.name, self.shape = name, shape
+        clock = state.get("step", 0)
+        self.clock = int(clock.item() if isinstance(clock, Tensor) else clock)  # type: ignore[call-overload]
+        self.kernel: FilterState = ()
+        self.decay: FilterState = ()
+        self.prehistory: FilterState = ()
+        used = {key: t for key, t in state.items() if isinstance(t, Tensor) and t.ndim and bool((t != 0).any())}
+        if used and not rule.filter_states and self.clock:
+            raise RecordingError(
+                "recording began with a used optimizer, and its rule does not say which state is the filter's",
+                where=f"parameter {name!r}, state entries {sorted(used)}",
+                expected=f"{type(rule).__name__}.filter_states",
+                remedy="record from the first step, or declare filter_states in the rule",
+            )
+        if any(key in used for key in rule.filter_states):
+            self.prehistory = tuple(_initial(state.get(key), shape) for key in rule.filter_states)
+
+    def advance(self, split: _Inputs, filter: LinearFilter) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Feed one step; what the filter reads out of gradients, of decay and of prehistory (None where zero)."""
+        self.kernel = self._grown(self.kernel, filter)
+        kernel, self.kernel = filter.advance(self.kernel, split.gradient)
+        decay: Tensor | None = None
+        if split.decay is not None or self.decay:
+            self.decay = self._grown(self.decay, filter)
+            decay, self.decay = filter.advance(
+                self.decay, split.decay if split.decay is not None else torch.zeros_like(split.gradient)
+            )
+        prehistory: Tensor | None = None
+        if self.prehistory:
+            prehistory, self.prehistory = filter.advance(
+                self._grown(self.prehistory, filter), torch.zeros_like(split.gradient)
+            )
+        return kernel, decay, prehistory
+
+    def _grown(self, state: FilterState, filter: LinearFilter) -> FilterState:
+        """Filters may gain states during a run (momentum switched on), which start at zero; never lose them."""
+        if len(state) > filter.order:
+            raise CoefficientError(
+                "the filter lost a state during the run",
+                where=f"parameter {self.name!r}, its step {self.clock}",
+                expected=f"at least {len(state)} states",
+                got=filter.order,
+                remedy="keep the state with A=1, B=0 and C=0 where the optimizer freezes it",
+            )
+        zeros = tuple(torch.zeros(self.shape, dtype=torch.float64) for _ in range(filter.order - len(state)))
+        return (*state, *zeros)
+
+
+def _initial(value: object, shape: torch.Size) -> Tensor:
+    return value.double() if isinstance(value, Tensor) else torch.zeros(shape, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    gradient: Tensor
+    decay: Tensor | None
+
+
+def split_update(
+    rule: UpdateRule, recorded: RecordedStep, memory: _ParameterFilter
+) -> tuple[UpdateSplit, StepCoefficients]:
+    """Split one parameter's update by the rule's coefficients, advancing its filter ``memory``."""
+    declared = rule.coefficients(recorded)
+    if not isinstance(declared, StepCoefficients):
+        raise CoefficientError(
+            f"{type(rule).__name__}.coefficients returned something else", expected="StepCoefficients", got=type(declared)
+        )
+    P, E, W, rho = (
+        getattr(declared, n) for n in ("preconditioner", "gradient_operator", "coupled_decay", "decoupled_decay")
+    )
+    coupled = None if _zero(W) else W.apply(recorded.theta)
+    inputs = _Inputs(E.apply(recorded.gradient), coupled)
+    kernel, decay, prehistory = memory.advance(inputs, declared.filter)
+    regularization = torch.zeros_like(recorded.theta) if decay is None else -P.apply(decay)
+    if not _zero(rho):
+        regularization = regularization - rho.apply(recorded.theta)
+    split = UpdateSplit(
+        kernel=-P.apply(kernel),
+        regularization=regularization,
+        prehistory=None if prehistory is None else -P.apply(prehistory),
+        displacement=recorded.displacement,
+    )
+    if not torch.isfinite(split.declared).all():
+        raise CoefficientError(
+            f"{type(rule).__name__} declares an update that is not finite",
+            where=f"parameter {recorded.name!r}, step {recorded.step}",
+            remedy="check the rule's preconditioner for a division by zero",
+        )
+    return split, declared
+
+
+def _zero(operator: object) -> bool:
+    return getattr(operator, "factor", None) == 0
+
+
+def decompose(run: Run, *, first: int = 1, last: int | None = None) -> Iterator[StepDecomposition]:
+    """Split the update of each step ``first..last`` of a run, in order.
+
+    The optimizer is replayed, and the filters run, from the start of the recording in any case, so a late
+    step costs a pass over the gradients before it.
+
+    Raises:
+        StoreError: the run cannot be replayed here. CoefficientError: the rule's declaration is malformed.
+        RecordingError: recording began with a used optimizer whose filter states the rule does not name.
+
+    Example:
+        >>> from explaind_core.testing import record_example
+        >>> run = record_example(steps=3)
+        >>> max(step.error for step in decompose(run)) < 1e-12
+        True
+    """
+    last = len(run.steps) if last is None else last
+    replay = Replay(run)
+    rule = replay.rule().rule
+    initial = run.optimizer_state(0)
+    memories = {
+        name: _ParameterFilter(name, rule, initial.get(name, {}), info.shape) for name, info in run.parameters.items()
+    }
+    for replayed in replay.steps(until=last):
+        updates = {
+            name: _split_parameter(rule, replayed, name, memories[name])
+            for name in run.parameters
+            if name in replayed.gradients
+        }
+        if replayed.step >= first:
+            yield _with_errors(replayed, updates)
+
+
+def _split_parameter(rule: UpdateRule, replayed: ReplayedStep, name: str, memory: _ParameterFilter) -> UpdateSplit:
+    memory.clock += 1
+    theta = replayed.theta_before[name].double()
+    gradient = replayed.gradients[name]
+    recorded = RecordedStep(
+        name=name,
+        step=replayed.step,
+        clock=memory.clock,
+        hyper=OptimizerState(name, replayed.hyper[name], "parameter group"),
+        theta=theta,
+        gradient=(gradient.to_dense() if gradient.is_sparse else gradient).double(),
+        displacement=replayed.theta[name].double() - theta,
+        before=OptimizerState(name, _in_float64(replayed.before.get(name, {})), "optimizer state before the step"),
+        after=OptimizerState(name, _in_float64(replayed.after.get(name, {})), "optimizer state after the step"),
+    )
+    return split_update(rule, recorded, memory)[0]
+
+
+def _in_float64(state: Mapping[str, object]) -> dict[str, object]:
+    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in state.items()}
+
+
+def _with_errors(replayed: ReplayedStep, updates: dict[str, UpdateSplit]) -> StepDecomposition:
+    # A parameter without gradient is not updated: whatever it moved by nevertheless is error.
+    still = [n for n in replayed.theta if n not in updates]
+    missed = sum(float((replayed.theta[n].double() - replayed.theta_before[n].double()).square().sum()) for n in still)
+    moved = missed + sum(float(u.displacement.square().sum()) for u in updates.values())
+    missed += sum(float((u.declared - u.displacement).square().sum()) for u in updates.values())
+    size = sum((torch.finfo(replayed.theta[n].dtype).eps ** 2) * float(replayed.theta[n].double().square().sum()) for n in updates)
+    relative = lambda value: 0.0 if value == 0 else (value / moved) ** 0.5 if moved else float("inf")  # noqa: E731
+    return StepDecomposition(
+        step=replayed.step,
+        updates=updates,
+        theta_before=replayed.theta_before,
+        theta=replayed.theta,
+        error=relative(missed),
+        rounding=relative(size),
+        drift=replayed.drift,
+    )

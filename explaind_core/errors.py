@@ -1,0 +1,95 @@
+"""Exceptions that say what was wrong, where, what was expected and got, and what to do.
+
+Every error that the library raises on purpose is an :class:`ExplaindError`, so one ``except``
+catches them all; the subclasses tell the stage that refused.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AmbiguousRuleError",
+    "CoefficientError",
+    "ExplaindError",
+    "LayerError",
+    "NonFiniteError",
+    "PluginError",
+    "QuestionError",
+    "RecordingError",
+    "RuleNotFoundError",
+    "StoreError",
+    "UnsupportedOptionError",
+]
+
+
+class ExplaindError(Exception):
+    """Base of all errors of this library.
+
+    Args:
+        what: one sentence: what is wrong.
+        where: the parameter, step, file or argument concerned.
+        expected: what would have been right.
+        got: what was found instead.
+        remedy: what the reader can do about it.
+
+    Example:
+        >>> print(ExplaindError("shapes differ", where="layer 'a'", expected=(3,), got=(4,), remedy="reshape it"))
+        shapes differ
+          where:    layer 'a'
+          expected: (3,)
+          got:      (4,)
+          remedy:   reshape it
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        expected: object = None,
+        got: object = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.what, self.where, self.expected, self.got, self.remedy = what, where, expected, got, remedy
+        rows = (("where", where), ("expected", expected), ("got", got), ("remedy", remedy))
+        lines = [what, *(f"  {name + ':':<9} {value}" for name, value in rows if value is not None)]
+        super().__init__("\n".join(lines))
+
+
+class PluginError(ExplaindError):
+    """A plugin could not be loaded, names an unknown hook, or raised."""
+
+
+class RuleNotFoundError(ExplaindError):
+    """No registered plugin declares a rule for this optimizer."""
+
+
+class AmbiguousRuleError(ExplaindError):
+    """More than one plugin declares a rule for this optimizer."""
+
+
+class UnsupportedOptionError(ExplaindError):
+    """The optimizer uses an option that its rule does not model."""
+
+
+class CoefficientError(ExplaindError):
+    """A declaration is malformed: a filter of the wrong shape, an operator that does not fit its tensor."""
+
+
+class RecordingError(ExplaindError):
+    """The training loop did something that cannot be recorded exactly."""
+
+
+class NonFiniteError(RecordingError):
+    """A NaN or an infinity appeared in training."""
+
+
+class StoreError(ExplaindError):
+    """A run store is missing, foreign, truncated, of another version or of another model."""
+
+
+class LayerError(ExplaindError):
+    """A layer specification matches nothing, or two layers overlap."""
+
+
+class QuestionError(ExplaindError):
+    """An attribution was asked for that makes no sense, or that this version cannot answer."""

@@ -1,0 +1,34 @@
+"""The pluggy specification: what a plugin may implement.
+
+A plugin is any module (or object) behind an entry point of the group ``explaind``; the built-in rules
+use the same door. In its ``pyproject.toml``::
+
+    [project.entry-points.explaind]
+    my_package = "my_package.explaind_plugin"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pluggy
+import torch
+
+from explaind_core.coefficients import UpdateRule
+
+__all__ = ["ENTRY_POINT_GROUP", "explaind_update_rule", "explaind_update_rules", "hookimpl", "hookspec"]
+
+ENTRY_POINT_GROUP = "explaind"
+
+hookspec = pluggy.HookspecMarker("explaind")
+hookimpl = pluggy.HookimplMarker("explaind")
+
+
+@hookspec
+def explaind_update_rules() -> Sequence[UpdateRule]:  # type: ignore[empty-body]
+    """List the rules that this plugin brings; each says by ``optimizers`` which classes it speaks for."""
+
+
+@hookspec
+def explaind_update_rule(optimizer: torch.optim.Optimizer) -> UpdateRule | None:
+    """Return the rule for ``optimizer``, or None. For plugins that must look at the instance to decide."""

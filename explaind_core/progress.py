@@ -1,0 +1,46 @@
+"""Progress bars with the remaining time, for work that takes longer than a moment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+__all__ = ["bar", "track"]
+
+T = TypeVar("T")
+
+
+@contextmanager
+def bar() -> Iterator[Progress]:
+    """A progress display: description, bar, count, elapsed and remaining time."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns) as progress:
+        yield progress
+
+
+def track(items: Iterable[T], total: int, description: str, *, enabled: bool) -> Iterator[T]:
+    """Yield ``items`` behind a progress bar.
+
+    Example:
+        >>> list(track([1, 2], total=2, description="counting", enabled=False))
+        [1, 2]
+    """
+    if not enabled:
+        yield from items
+        return
+    with bar() as progress:
+        task = progress.add_task(description, total=total, note="")
+        for item in items:
+            yield item
+            progress.advance(task)

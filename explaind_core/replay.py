@@ -1,0 +1,178 @@
+"""Replays the optimizer on the recorded gradients: its states before and after every step.
+
+The store keeps gradients and parameters, not the optimizer's states. The real optimizer, fed with the
+recorded parameters and gradients, passes through the same states again, and what it makes of the
+parameters checks the recording.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from explaind_core import trees
+from explaind_core.coefficients import qualified_name
+from explaind_core.errors import RuleNotFoundError, StoreError
+from explaind_core.plugins import RegisteredRule
+from explaind_core.run import Run
+
+__all__ = ["Replay", "ReplayedStep"]
+
+State = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ReplayedStep:
+    """One step, replayed. Tensors have the run's own dtypes.
+
+    Attributes:
+        step: s. theta_before, theta: the recorded theta_{s-1} and theta_s.
+        gradients: as fed. hyper: parameter name -> hyper-parameters of its group.
+        before, after: parameter name -> the optimizer's state of it.
+        drift: largest ``|replayed theta_s - recorded theta_s|``: 0 on the machine that trained, as a rule.
+    """
+
+    step: int
+    theta_before: dict[str, Tensor]
+    theta: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    hyper: dict[str, dict[str, Any]]
+    before: State
+    after: State
+    drift: float
+
+
+class Replay:
+    """The optimizer of a run, rebuilt to be replayed.
+
+    Raises:
+        StoreError: its class is not known here, or cannot be built from the recorded hyper-parameters.
+        RuleNotFoundError: the rule that the run was recorded with is not registered.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        start = run.theta(0)
+        self._parameters = {name: nn.Parameter(start[name].clone()) for name in run.parameters}
+        self.optimizer = self._build()
+        self._load(run.optimizer_state(0))
+
+    # ------------------------------------------------------------------ building
+    def _optimizer_class(self) -> type[torch.optim.Optimizer]:
+        """The recorded class, found without importing what a file names: only classes that are already
+        loaded, or that a registered rule speaks for."""
+        name: str = self.run.manifest["optimizer"]
+        if any(name in r.rule.optimizers for r in self.run.registry.rules()):
+            module, _, attribute = name.rpartition(".")
+            try:
+                found: type[torch.optim.Optimizer] = getattr(importlib.import_module(module), attribute)
+            except (ImportError, AttributeError) as error:
+                raise StoreError(
+                    f"the optimizer {name} is not installed here: {error}",
+                    where=self.run.path,
+                    remedy=f"install the package that provides {module.split('.')[0]!r}",
+                ) from error
+            return found
+        pending = [torch.optim.Optimizer]
+        while pending:
+            candidate = pending.pop()
+            if qualified_name(candidate) == name:
+                return candidate
+            pending += candidate.__subclasses__()
+        raise StoreError(
+            f"the optimizer {name} is not known here",
+            where=self.run.path,
+            remedy="import the module that defines it before opening the run, or pass make_optimizer=",
+        )
+
+    def _build(self) -> torch.optim.Optimizer:
+        if not self.run.steps:
+            raise StoreError("the run has no finished step", where=self.run.path, remedy="train at least one step")
+        groups = [
+            {**group, "params": [self._parameters[n] for n in group["params"]]} for group in self.run.hyper(1)
+        ]
+        if self.run.make_optimizer is not None:
+            return self.run.make_optimizer(groups)
+        kind = self._optimizer_class()
+        wanted = inspect.signature(kind).parameters
+        options = {key: value for key, value in groups[0].items() if key in wanted and key != "params"}
+        try:
+            return kind(groups, **options)
+        except Exception as error:
+            raise StoreError(
+                f"{qualified_name(kind)} cannot be rebuilt from the recorded hyper-parameters: {error}",
+                where=self.run.path,
+                got=options,
+                remedy="pass open_run(..., make_optimizer=lambda groups: ...)",
+            ) from error
+
+    def _load(self, state: State) -> None:
+        self.optimizer.state.clear()
+        for name, entries in state.items():
+            self.optimizer.state[self._parameters[name]] = trees.map_tensors(torch.clone, entries)
+
+    def rule(self) -> RegisteredRule:
+        """The rule the run was recorded with (as registered now)."""
+        name = self.run.manifest["rule"]["name"]
+        registered = self.run.registry.rule_named(name) or self.run.registry.rule_for(self.optimizer)
+        if qualified_name(type(registered.rule)) != name:
+            raise RuleNotFoundError(
+                "the run was recorded with another rule than the one registered for its optimizer",
+                where=self.run.path,
+                expected=f"{name} of {self.run.manifest['rule']['package']}",
+                got=str(registered),
+                remedy="install the plugin that the run was recorded with",
+            )
+        return registered
+
+    # ------------------------------------------------------------------ replaying
+    def _state(self) -> State:
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        return {
+            names[id(p)]: trees.map_tensors(lambda t: t.detach().clone(), dict(entries))
+            for p, entries in self.optimizer.state.items()
+            if id(p) in names
+        }
+
+    def steps(self, *, until: int | None = None, start: int = 0) -> Iterator[ReplayedStep]:
+        """Replay from step ``start + 1`` (whose state must have been loaded; 0 is the run's start) to ``until``."""
+        before_theta = self.run.theta(start)
+        before_state = self._state()
+        for s in range(start + 1, (len(self.run.steps) if until is None else until) + 1):
+            theta, gradients, groups = self.run.theta(s), self.run.gradients(s), self.run.hyper(s)
+            self._set_groups(groups)
+            with torch.no_grad():
+                for name, parameter in self._parameters.items():
+                    parameter.copy_(before_theta[name])
+                    parameter.grad = gradients[name].clone() if name in gradients else None
+            self.optimizer.step()
+            after_state = self._state()
+            drift = max(
+                (float((p.detach() - theta[n]).abs().max()) for n, p in self._parameters.items() if p.numel()),
+                default=0.0,
+            )
+            hyper = {n: {k: v for k, v in g.items() if k != "params"} for g in groups for n in g["params"]}
+            yield ReplayedStep(s, before_theta, theta, gradients, hyper, before_state, after_state, drift)
+            before_theta, before_state = theta, after_state
+
+    def _set_groups(self, groups: tuple[dict[str, Any], ...]) -> None:
+        for index, group in enumerate(groups):
+            values = {**group, "params": [self._parameters[n] for n in group["params"]]}
+            if index < len(self.optimizer.param_groups):
+                self.optimizer.param_groups[index].update(values)
+            else:
+                self.optimizer.add_param_group(values)
+
+    def state_after(self, s: int) -> State:
+        """The optimizer's state after step s, replayed from the nearest snapshot at or before it."""
+        start = max(k for k in self.run.snapshots() if k <= s)
+        self._load(self.run.optimizer_state(start))
+        for _ in self.steps(start=start, until=s):
+            pass
+        return self._state()

@@ -1,0 +1,302 @@
+"""A recorded run, read lazily: parameters, hyper-parameters and batches of every step."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import xarray as xr
+from torch import Tensor, nn
+
+from explaind_core import trees
+from explaind_core.errors import QuestionError, StoreError
+from explaind_core.losses import LossFunction, rebuild_loss
+from explaind_core.plugins import Registry, default_registry
+from explaind_core.store import RunStore
+
+__all__ = ["Batch", "MicroBatch", "ParameterInfo", "Run", "open_run"]
+
+OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """One parameter of the model: its shape, its dtype, and whether the optimizer trained it at the start."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    trained: bool
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One declared batch: ids int64 ``[n]``, inputs and targets as declared, and its loss weight."""
+
+    ids: Tensor
+    inputs: Any
+    targets: Any
+    weight: float
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All micro-batches whose gradients one step was fed."""
+
+    micro: tuple[MicroBatch, ...]
+
+    @property
+    def ids(self) -> Tensor:
+        """The ids of all its samples, in order; a sample that stands twice appears twice."""
+        return torch.cat([m.ids for m in self.micro])
+
+    def _only(self) -> MicroBatch:
+        if len(self.micro) != 1:
+            raise QuestionError(
+                f"this step has {len(self.micro)} micro-batches", remedy="loop over .micro: each has inputs and targets"
+            )
+        return self.micro[0]
+
+    @property
+    def inputs(self) -> Any:
+        """The inputs, where the step has one micro-batch."""
+        return self._only().inputs
+
+    @property
+    def targets(self) -> Any:
+        """The targets, where the step has one micro-batch."""
+        return self._only().targets
+
+
+class Run:
+    """A recorded run, read-only; nothing is read before it is asked for. Open one with :func:`open_run`.
+
+    Attributes:
+        steps: ``range(1, N + 1)``.
+        parameters: name -> :class:`ParameterInfo`.
+        model: a private copy of the architecture in evaluation mode, None if none was given.
+        loss: the recorded loss if it is one of torch's own or was given, None otherwise.
+        complete: whether the recording ended in order.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        model: nn.Module | None = None,
+        *,
+        loss: LossFunction | None = None,
+        make_optimizer: OptimizerFactory | None = None,
+        until: int | None = None,
+        registry: Registry | None = None,
+    ) -> None:
+        self.store = RunStore(path)
+        self.manifest = self.store.read_manifest()
+        self.registry = registry or default_registry()
+        self.make_optimizer = make_optimizer
+        self.parameters: Mapping[str, ParameterInfo] = {
+            p["name"]: ParameterInfo(torch.Size(p["shape"]), getattr(torch, p["dtype"].split(".")[1]), p["trained"])
+            for p in self.manifest["parameters"]
+        }
+        self.store.check_file(self.store.start_path, what="the start of the run")
+        recorded = self.store.count_steps(until=until)
+        self.steps = range(1, recorded + 1)
+        self.complete = self.store.read_json("closed.json") is not None
+        self.model = None if model is None else self._check_model(model)
+        self.loss = loss if loss is not None else rebuild_loss(self.manifest["loss"])
+        self._header = lru_cache(maxsize=4096)(self._read_header)
+
+    def __repr__(self) -> str:
+        return (
+            f"Run({str(self.path)!r}: {len(self.steps)} steps of {self.manifest['optimizer']} on "
+            f"{sum(p.shape.numel() for p in self.parameters.values()):,} parameters)"
+        )
+
+    @property
+    def path(self) -> Path:
+        """Where the run lies."""
+        return self.store.path
+
+    def _check_model(self, model: nn.Module) -> nn.Module:
+        given = {n: (tuple(p.shape), str(p.dtype)) for n, p in model.named_parameters()}
+        recorded = {n: (tuple(p.shape), str(p.dtype)) for n, p in self.parameters.items()}
+        if given != recorded:
+            differing = [n for n in [*recorded, *given] if recorded.get(n) != given.get(n)]
+            name = differing[0]
+            raise StoreError(
+                f"the run was recorded with another model: {len(set(differing))} parameters differ",
+                where=f"{self.path}, parameter {name!r}",
+                expected=recorded.get(name, "no such parameter"),
+                got=given.get(name, "no such parameter"),
+                remedy=f"build the architecture that was recorded ({self.manifest['model']})",
+            )
+        return copy.deepcopy(model).eval().requires_grad_(False)
+
+    # ------------------------------------------------------------------ one step
+    def check_step(self, s: int, *, first: int = 1) -> int:
+        """``s``, if it is a recorded step (QuestionError otherwise)."""
+        if not isinstance(s, int) or not first <= s <= len(self.steps):
+            raise QuestionError(
+                f"the run has no step {s!r}", where=self.path, expected=f"{first} <= step <= {len(self.steps)}", got=s
+            )
+        return s
+
+    def _read_header(self, s: int) -> dict[str, Any]:
+        header: dict[str, Any] = self.store.read_header(self.store.step_path(s), what=f"step {s}")
+        return header
+
+    def theta(self, s: int) -> dict[str, Tensor]:
+        """The parameters after step s; ``theta(0)`` is the initialisation. Every tensor has its own storage."""
+        self.check_step(s, first=0)
+        if s == 0:
+            return self._start("theta/")
+        stored = self.store.read_tensors(self.store.step_path(s), what=f"step {s}").tensors
+        found = {n: stored[f"theta/{n}"] for n in self.parameters if f"theta/{n}" in stored}
+        if len(found) < len(self.parameters):  # the others were never trained up to here
+            found = self._start("theta/") | found
+        return {n: found[n] for n in self.parameters}
+
+    def _start(self, prefix: str) -> dict[str, Tensor]:
+        tensors = self.store.read_tensors(self.store.start_path, what="the start of the run").tensors
+        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+    def buffers(self, s: int | None = None) -> dict[str, Tensor]:
+        """The model's buffers after step s (the last one by default), such as running statistics."""
+        s = len(self.steps) if s is None else self.check_step(s, first=0)
+        start = self._start("buffer/")
+        if s == 0:
+            return start
+        stored = self.store.read_tensors(self.store.step_path(s), what=f"step {s}").tensors
+        return start | {n.removeprefix("buffer/"): t for n, t in stored.items() if n.startswith("buffer/")}
+
+    def hyper(self, s: int) -> tuple[dict[str, Any], ...]:
+        """Each parameter group's hyper-parameters as they stood before step s; ``params`` holds its names.
+
+        One-element tensors (a learning rate kept as a tensor) are returned as numbers.
+        """
+        self.check_step(s)
+        structure = self._header(s)["groups"]
+        tensors: dict[str, Tensor] = {}
+        if "#tensor" in repr(structure):
+            stored = self.store.read_tensors(self.store.step_path(s), what=f"step {s}").tensors
+            tensors = {n.removeprefix("group/"): t for n, t in stored.items() if n.startswith("group/")}
+        groups = trees.unflatten(structure, tensors)
+        return tuple(trees.map_tensors(lambda t: t.item() if t.numel() == 1 else t, group) for group in groups)
+
+    def gradients(self, s: int) -> dict[str, Tensor]:
+        """The gradients that step s was fed; a parameter without one is left out."""
+        self.check_step(s)
+        stored = self.store.read_tensors(self.store.step_path(s), what=f"step {s}").tensors
+        found = {}
+        for key, tensor in stored.items():
+            kind, _, name = key.partition("/")
+            if kind == "gradient":
+                found[name] = tensor
+            elif kind == "sparse_indices":
+                values = stored[f"sparse_values/{name}"]
+                found[name] = torch.sparse_coo_tensor(tensor, values, self.parameters[name].shape)
+        return found
+
+    def gradient_factor(self, s: int) -> float:
+        """The factor (clip coefficient) that the recorder was told for step s, 1 if none."""
+        self.check_step(s)
+        return float(self._header(s)["gradient_factor"])
+
+    def batch(self, s: int) -> Batch:
+        """The batch of step s: which samples its gradient was of, with their inputs and targets."""
+        self.check_step(s)
+        ids = self.store.read_tensors(self.store.step_path(s), what=f"step {s}").tensors
+        micro = []
+        for index, entry in enumerate(self._header(s)["batches"]):
+            stored = self.store.read_tensors(self.store.batch_path(entry["key"]), what=f"the batch of step {s}")
+            data = trees.unflatten(stored.header, stored.tensors)
+            micro.append(MicroBatch(ids[f"ids/{index}"], data["inputs"], data["targets"], entry["weight"]))
+        return Batch(tuple(micro))
+
+    # ------------------------------------------------------------------ the whole run
+    @property
+    def metrics(self) -> xr.Dataset:
+        """What the loop logged with ``recorder.log``: one variable a metric over ``step``, NaN where none was."""
+        rows: dict[int, dict[str, float]] = {}
+        for entry in self.store.read_lines("metrics.jsonl"):
+            if entry["step"] <= len(self.steps):
+                rows.setdefault(entry["step"], {}).update({k: v for k, v in entry.items() if k != "step"})
+        steps = sorted(rows)
+        names = dict.fromkeys(name for row in rows.values() for name in row)
+        columns = {name: ("step", [rows[s].get(name, float("nan")) for s in steps]) for name in names}
+        return xr.Dataset(columns, coords={"step": steps})
+
+    def optimizer_state(self, s: int = 0) -> dict[str, dict[str, Any]]:
+        """The optimizer's state by parameter name as it was kept: at the start (0) or a snapshot after step s."""
+        path = self.store.start_path if s == 0 else self.store.snapshot_path(s)
+        stored = self.store.read_tensors(path, what=f"the optimizer's state after step {s}")
+        tensors = {n.removeprefix("state/"): t for n, t in stored.tensors.items() if n.startswith("state/")}
+        state: dict[str, dict[str, Any]] = trees.unflatten(stored.header["state"], tensors)
+        return state
+
+    def snapshots(self) -> list[int]:
+        """The steps after which the optimizer's state was kept, 0 (the start) first."""
+        kept = sorted(int(p.stem) for p in (self.path / "snapshots").glob("*.safetensors"))
+        return [0, *(s for s in kept if s <= len(self.steps))]
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, s: int | None = None) -> int:
+        """Put a model and an optimizer where step s (the last by default) left them, to train on from there.
+
+        The optimizer's state is replayed from the nearest snapshot with the recorded gradients.
+
+        Returns:
+            s.
+        """
+        from explaind_core.replay import Replay  # the next stage, borrowed: replay needs a Run
+
+        s = len(self.steps) if s is None else self.check_step(s, first=0)
+        state = Replay(self).state_after(s)
+        theta, buffers = self.theta(s), self.buffers(s)
+        named = dict(model.named_parameters())
+        self._check_model(model)
+        with torch.no_grad():
+            for name, parameter in named.items():
+                parameter.copy_(theta[name])
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+        for name, entries in state.items():
+            optimizer.state[named[name]] = entries
+        return s
+
+
+def open_run(
+    path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    loss: LossFunction | None = None,
+    make_optimizer: OptimizerFactory | None = None,
+    until: int | None = None,
+    registry: Registry | None = None,
+) -> Run:
+    """Open a recorded run: lazily, read-only, from any process, without running code from the store.
+
+    Args:
+        path: what was passed to :class:`~explaind_core.Recorder`.
+        model: the architecture. It is copied: its weights are never read nor changed. Needed to explain
+            predictions, not to look at parameters.
+        loss: the training loss, where it is not one of torch's own.
+        make_optimizer: builds the optimizer from a list of parameter groups, where its class cannot be
+            called with the recorded hyper-parameters.
+        until: open the steps 1..until only.
+        registry: the plugins to look for rules in; all installed ones by default.
+
+    Raises:
+        StoreError: no run, another version, truncated, or recorded with another model.
+
+    Example:
+        >>> import explaind_core as explaind
+        >>> explaind.open_run("nowhere")
+        Traceback (most recent call last):
+        explaind_core.errors.StoreError: this is not a recorded run
+        ...
+    """
+    return Run(path, model, loss=loss, make_optimizer=make_optimizer, until=until, registry=registry)
