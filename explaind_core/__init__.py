@@ -6,22 +6,41 @@ The names below are the public API; everything else may change.
 from __future__ import annotations
 
 from explaind_core import errors, operators
+from explaind_core.attribute import attribute, closure_error
 from explaind_core.coefficients import LinearFilter, RecordedStep, StepCoefficients, UpdateRule
 from explaind_core.decompose import decompose
 from explaind_core.hookspecs import hookimpl
+from explaind_core.outputs import Activation, Function, Loss, Output, Outputs
+from explaind_core.plan import Plan, plan
 from explaind_core.recorder import Recorder
 from explaind_core.run import Run, open_run
+from explaind_core.scores import importance, relative_regularization, spread_residual
+from explaind_core.verify import Verification, verify
 
 __all__ = [
+    "Activation",
+    "Function",
     "LinearFilter",
+    "Loss",
+    "Output",
+    "Outputs",
+    "Plan",
     "RecordedStep",
     "Recorder",
     "Run",
     "StepCoefficients",
     "UpdateRule",
+    "Verification",
+    "attribute",
+    "closure_error",
     "decompose",
     "errors",
     "hookimpl",
+    "importance",
     "open_run",
     "operators",
+    "plan",
+    "relative_regularization",
+    "spread_residual",
+    "verify",
 ]

@@ -45,7 +45,7 @@ class UpdateSplit:
 
     @property
     def declared(self) -> Tensor:
-        """kernel + regularization + prehistory."""
+        """Kernel + regularization + prehistory."""
         total = self.kernel + self.regularization
         return total if self.prehistory is None else total + self.prehistory
 
@@ -92,34 +92,34 @@ class _ParameterFilter:
         if any(key in used for key in rule.filter_states):
             self.prehistory = tuple(_initial(state.get(key), shape) for key in rule.filter_states)
 
-    def advance(self, split: _Inputs, filter: LinearFilter) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def advance(self, split: _Inputs, coefficients: LinearFilter) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Feed one step; what the filter reads out of gradients, of decay and of prehistory (None where zero)."""
-        self.kernel = self._grown(self.kernel, filter)
-        kernel, self.kernel = filter.advance(self.kernel, split.gradient)
+        self.kernel = self._grown(self.kernel, coefficients)
+        kernel, self.kernel = coefficients.advance(self.kernel, split.gradient)
         decay: Tensor | None = None
         if split.decay is not None or self.decay:
-            self.decay = self._grown(self.decay, filter)
-            decay, self.decay = filter.advance(
+            self.decay = self._grown(self.decay, coefficients)
+            decay, self.decay = coefficients.advance(
                 self.decay, split.decay if split.decay is not None else torch.zeros_like(split.gradient)
             )
         prehistory: Tensor | None = None
         if self.prehistory:
-            prehistory, self.prehistory = filter.advance(
-                self._grown(self.prehistory, filter), torch.zeros_like(split.gradient)
+            prehistory, self.prehistory = coefficients.advance(
+                self._grown(self.prehistory, coefficients), torch.zeros_like(split.gradient)
             )
         return kernel, decay, prehistory
 
-    def _grown(self, state: FilterState, filter: LinearFilter) -> FilterState:
+    def _grown(self, state: FilterState, coefficients: LinearFilter) -> FilterState:
         """Filters may gain states during a run (momentum switched on), which start at zero; never lose them."""
-        if len(state) > filter.order:
+        if len(state) > coefficients.order:
             raise CoefficientError(
                 "the filter lost a state during the run",
                 where=f"parameter {self.name!r}, its step {self.clock}",
                 expected=f"at least {len(state)} states",
-                got=filter.order,
+                got=coefficients.order,
                 remedy="keep the state with A=1, B=0 and C=0 where the optimizer freezes it",
             )
-        zeros = tuple(torch.zeros(self.shape, dtype=torch.float64) for _ in range(filter.order - len(state)))
+        zeros = tuple(torch.zeros(self.shape, dtype=torch.float64) for _ in range(coefficients.order - len(state)))
         return (*state, *zeros)
 
 
@@ -140,7 +140,9 @@ def split_update(
     declared = rule.coefficients(recorded)
     if not isinstance(declared, StepCoefficients):
         raise CoefficientError(
-            f"{type(rule).__name__}.coefficients returned something else", expected="StepCoefficients", got=type(declared)
+            f"{type(rule).__name__}.coefficients returned something else",
+            expected="StepCoefficients",
+            got=type(declared),
         )
     P, E, W, rho = (
         getattr(declared, n) for n in ("preconditioner", "gradient_operator", "coupled_decay", "decoupled_decay")
@@ -231,8 +233,14 @@ def _with_errors(replayed: ReplayedStep, updates: dict[str, UpdateSplit]) -> Ste
     missed = sum(float((replayed.theta[n].double() - replayed.theta_before[n].double()).square().sum()) for n in still)
     moved = missed + sum(float(u.displacement.square().sum()) for u in updates.values())
     missed += sum(float((u.declared - u.displacement).square().sum()) for u in updates.values())
-    size = sum((torch.finfo(replayed.theta[n].dtype).eps ** 2) * float(replayed.theta[n].double().square().sum()) for n in updates)
-    relative = lambda value: 0.0 if value == 0 else (value / moved) ** 0.5 if moved else float("inf")  # noqa: E731
+    size = sum(
+        (torch.finfo(replayed.theta[n].dtype).eps ** 2) * float(replayed.theta[n].double().square().sum())
+        for n in updates
+    )
+
+    def relative(squares: float) -> float:
+        return 0.0 if squares == 0 else (squares / moved) ** 0.5 if moved else float("inf")
+
     return StepDecomposition(
         step=replayed.step,
         updates=updates,

@@ -107,10 +107,10 @@ class Diagonal(LinearOperator):
 
     def apply(self, x: Tensor) -> Tensor:  # noqa: D102
         shape, weight = x.shape, self.weight.shape
-        fits = len(weight) <= len(shape) and all(
-            w in (1, n) for w, n in zip(weight[::-1], shape[::-1], strict=False)
+        fits = len(weight) <= len(shape) and all(w in (1, n) for w, n in zip(weight[::-1], shape[::-1], strict=False))
+        _require(
+            fits, "a Diagonal does not fit its tensor", f"a shape that broadcasts to {tuple(shape)}", tuple(weight)
         )
-        _require(fits, "a Diagonal does not fit its tensor", f"a shape that broadcasts to {tuple(shape)}", tuple(weight))
         return x * self.weight
 
     @property
@@ -132,7 +132,8 @@ def _multiply(matrix: Tensor, x: Tensor, axis: int) -> Tensor:
         f"a tensor with {n} entries along axis {axis}",
         tuple(x.shape),
     )
-    return torch.tensordot(matrix, x, dims=([1], [axis])).movedim(0, axis)
+    product: Tensor = torch.tensordot(matrix, x, dims=([1], [axis]))
+    return product.movedim(0, axis)
 
 
 @dataclass(frozen=True, eq=False)

@@ -125,8 +125,9 @@ class Recorder:
             for parameter in group["params"]:
                 if id(parameter) not in self._names:
                     raise RecordingError(
-                        f"the optimizer trains a tensor of shape {tuple(parameter.shape)} that is no parameter of the model",
+                        "the optimizer trains a tensor that is no parameter of the model",
                         where=f"parameter group {index}",
+                        got=f"a tensor of shape {tuple(parameter.shape)}",
                         remedy="record with the module that owns it, e.g. nn.ModuleList([model, head])",
                     )
                 if parameter.is_complex():
@@ -417,7 +418,9 @@ class Recorder:
         self._ever_trained.update(name for group in pending.groups for name in group["params"])
         for name in self._parameters.keys() - self._ever_trained:
             if not torch.equal(theta[name], self._last[name]):
-                raise RecordingError("a parameter that the optimizer does not train changed", where=f"{name!r}, step {s}")
+                raise RecordingError(
+                    "a parameter that the optimizer does not train changed", where=f"{name!r}, step {s}"
+                )
         tensors = {f"theta/{name}": theta[name] for name in self._ever_trained} | self._batch_tensors
         for name, gradient in pending.gradients.items():
             if gradient.is_sparse:
@@ -472,5 +475,3 @@ def _content_hash(structure: Any, tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()
-
-

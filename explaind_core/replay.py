@@ -65,8 +65,10 @@ class Replay:
 
     # ------------------------------------------------------------------ building
     def _optimizer_class(self) -> type[torch.optim.Optimizer]:
-        """The recorded class, found without importing what a file names: only classes that are already
-        loaded, or that a registered rule speaks for."""
+        """The recorded class, found without importing what a file names.
+
+        Only classes that are already loaded, or that a registered rule speaks for, are considered.
+        """
         name: str = self.run.manifest["optimizer"]
         if any(name in r.rule.optimizers for r in self.run.registry.rules()):
             module, _, attribute = name.rpartition(".")
@@ -94,9 +96,7 @@ class Replay:
     def _build(self) -> torch.optim.Optimizer:
         if not self.run.steps:
             raise StoreError("the run has no finished step", where=self.run.path, remedy="train at least one step")
-        groups = [
-            {**group, "params": [self._parameters[n] for n in group["params"]]} for group in self.run.hyper(1)
-        ]
+        groups = [{**group, "params": [self._parameters[n] for n in group["params"]]} for group in self.run.hyper(1)]
         if self.run.make_optimizer is not None:
             return self.run.make_optimizer(groups)
         kind = self._optimizer_class()

@@ -138,7 +138,8 @@ class RunStore:
     def read_tensor(self, path: Path, name: str) -> Tensor:
         """Read one tensor of a file that was checked before."""
         with safetensors.safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
 
     def check_file(self, path: Path, *, what: str) -> None:
         """Check that a file is there and as long as its header says, without reading its tensors.
@@ -158,7 +159,9 @@ class RunStore:
         except (ValueError, UnicodeDecodeError):
             entries = None
         if not isinstance(entries, dict):
-            raise StoreError(f"{what} is truncated or not a safetensors file", where=path, got=f"{size} bytes", remedy=remedy)
+            raise StoreError(
+                f"{what} is truncated or not a safetensors file", where=path, got=f"{size} bytes", remedy=remedy
+            )
         ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
         expected = 8 + length + max(ends, default=0)
         if size != expected:
@@ -169,7 +172,9 @@ class RunStore:
     @staticmethod
     def _header(path: Path, metadata: Mapping[str, str] | None, what: str) -> Any:
         if not metadata or _HEADER_KEY not in metadata:
-            raise StoreError(f"{what} was not written by explaind", where=path, remedy="give the path of a recorded run")
+            raise StoreError(
+                f"{what} was not written by explaind", where=path, remedy="give the path of a recorded run"
+            )
         return json.loads(metadata[_HEADER_KEY])
 
     def read_json(self, name: str) -> Any:
@@ -210,7 +215,9 @@ class RunStore:
                 "this is not a recorded run",
                 where=self.path,
                 expected=f"a folder with a manifest.json of format {FORMAT!r}",
-                got="no manifest.json" if manifest is None else f"format {manifest.get('format') if isinstance(manifest, dict) else manifest!r}",
+                got="no manifest.json"
+                if manifest is None
+                else f"format {manifest.get('format') if isinstance(manifest, dict) else manifest!r}",
                 remedy="give the path that was passed to explaind.Recorder",
             )
         if manifest.get("version") != VERSION:

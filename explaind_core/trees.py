@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from explaind_core.errors import RecordingError
@@ -80,7 +79,7 @@ def unflatten(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
     return structure
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
     """``tree`` with ``function`` applied to each tensor; containers are copied, other leaves kept.
 
     Example:
@@ -106,5 +105,10 @@ def leaves(tree: Any) -> list[Tensor]:
         [tensor([0.]), tensor([1.])]
     """
     found: list[Tensor] = []
-    map_tensors(lambda x: (found.append(x), x)[1], tree)
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(keep, tree)
     return found

@@ -19,9 +19,7 @@ class SGDRule(UpdateRule):
     """
 
     optimizers = ("torch.optim.sgd.SGD",)
-    options = frozenset(
-        {"lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "foreach", "fused"}
-    )
+    options = frozenset({"lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "foreach", "fused"})
     fixed = {"differentiable": (False,)}
     filter_states = ("momentum_buffer",)
 

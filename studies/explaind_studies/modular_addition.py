@@ -57,7 +57,9 @@ def modular_addition(p: int = 113, train: int = 4000, test: int = 2000, *, seed:
     """
     pairs = torch.tensor([(a, b) for a in range(p) for b in range(a + 1)])
     if train + test > len(pairs):
-        raise ValueError(f"modulo {p} there are {len(pairs)} pairs a >= b; {train} train + {test} test samples asked for")
+        raise ValueError(
+            f"modulo {p} there are {len(pairs)} pairs a >= b; {train} train + {test} test samples asked for"
+        )
     pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))[: train + test]]
     plus, equals = torch.full((len(pairs),), p), torch.full((len(pairs),), p + 1)
     tokens = torch.stack([pairs[:, 0], plus, pairs[:, 1], equals], dim=1)

@@ -1,0 +1,153 @@
+"""The command line: ``explaind demo``, ``verify``, ``attribute``, ``optimizers``.
+
+Exit status 0 means that the check a command names holds; 1 that it does not; 2 that the call was wrong.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from explaind_core.errors import ExplaindError, QuestionError
+
+__all__ = ["main"]
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+
+RunPath = Annotated[Path, typer.Argument(help="the folder that was passed to explaind.Recorder")]
+ModelName = Annotated[str, typer.Option(help="MODULE:CALLABLE that returns the architecture")]
+InputFile = Annotated[Path, typer.Option(help="test samples: a safetensors file; its tensor 'inputs', or keywords")]
+Nodes = Annotated[str, typer.Option(help="quadrature nodes per step, or 'adaptive'")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="where to write; an interrupted demo continues there")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="a smaller modulus, within 2 minutes")] = False,
+    paper: Annotated[bool, typer.Option("--paper", help="explain all 2,000 test samples (scores only)")] = False,
+    seed: Annotated[int | None, typer.Option(help="of data and initialisation")] = None,
+) -> None:
+    """Train the paper's modular-addition Transformer, record, verify and decompose it, draw Figure 3a."""
+    from dataclasses import replace
+
+    from explaind_studies import demo as study
+
+    setting = study.QUICK if quick else study.PAPER
+    if paper:
+        setting = replace(setting, explained=setting.test)
+    if seed is not None:
+        setting = replace(setting, seed=seed)
+    name = ("quick" if quick else "demo") + ("-paper" if paper else "")
+    folder = out if out != Path("runs/demo") else Path("runs") / name
+    raise typer.Exit(0 if study.demo(folder, setting, console=console).holds else 1)
+
+
+@app.command()
+def verify(
+    run: RunPath,
+    model: ModelName,
+    inputs: InputFile,
+    nodes: Nodes = "2",
+    tolerance: float = 1e-3,
+    max_update_error: Annotated[float, typer.Option(help="largest relative update error that passes")] = 1e-3,
+) -> None:
+    """Rebuild predictions from a recorded run and compare; 0 if every decision agrees and every update closes."""
+    import explaind_core as explaind
+
+    opened = explaind.open_run(run, model=_model(model))
+    check = explaind.verify(opened, _inputs(inputs), nodes=_nodes(nodes), tolerance=tolerance)
+    console.print(str(check))
+    raise typer.Exit(0 if check.agreement == 1.0 and check.update_error <= max_update_error else 1)
+
+
+@app.command()
+def attribute(
+    run: RunPath,
+    model: ModelName,
+    inputs: InputFile,
+    out: Annotated[Path, typer.Option(help="the result, a zarr folder; an interrupted call continues there")],
+    keep: Annotated[str, typer.Option(help="axes to keep")] = "step,layer,test,output",
+    layers: Annotated[str | None, typer.Option(help="module prefixes, separated by commas")] = None,
+    nodes: Nodes = "adaptive",
+    tolerance: float = 1e-3,
+) -> None:
+    """Split predictions by step, layer and term; 0 if the result closes to 1e-4 of the largest output."""
+    import explaind_core as explaind
+
+    axes = tuple(axis for axis in keep.split(",") if axis)
+    opened = explaind.open_run(run, model=_model(model))
+    result = explaind.attribute(
+        opened,
+        _inputs(inputs),
+        keep=axes,
+        layers=layers.split(",") if layers else None,
+        nodes=_nodes(nodes),
+        tolerance=tolerance,
+        out=out if "step" in axes else None,
+    )
+    if "step" not in axes:
+        result.to_zarr(out, mode="w-", zarr_format=2, consolidated=False)
+    closure = explaind.closure_error(result) / float(abs(result.final).max())
+    console.print(result)
+    console.print(f"closure error {closure:.1e} of the largest output; wrote {out}")
+    raise typer.Exit(0 if closure <= 1e-4 else 1)
+
+
+@app.command()
+def optimizers() -> None:
+    """List the registered rules: optimizer, rule, package and version, modelled options."""
+    from explaind_core.coefficients import qualified_name
+    from explaind_core.plugins import default_registry
+
+    table = Table("optimizer", "rule", "package", "options")
+    for registered in default_registry().rules():
+        rule = registered.rule
+        options = [*sorted(rule.options), *(f"{k} in {list(v)}" for k, v in sorted(rule.fixed.items()))]
+        package = f"{registered.package} {registered.version}"
+        table.add_row("\n".join(rule.optimizers), qualified_name(type(rule)), package, ", ".join(options))
+    console.print(table)
+
+
+def _model(name: str) -> nn.Module:
+    module, _, attribute = name.partition(":")
+    try:
+        built = getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise QuestionError(
+            f"the model cannot be built: {error}", where="--model", expected="MODULE:CALLABLE", got=name
+        ) from error
+    if not isinstance(built, nn.Module):
+        raise QuestionError("that is no model", where="--model", expected="a torch.nn.Module", got=type(built).__name__)
+    return built
+
+
+def _inputs(path: Path) -> Any:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise QuestionError(f"the inputs cannot be read: {error}", where=path, expected="a safetensors file") from error
+    return tensors["inputs"] if set(tensors) == {"inputs"} else tensors
+
+
+def _nodes(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+def main() -> None:
+    """Run the command line; errors of this library are printed without a traceback."""
+    try:
+        app()
+    except ExplaindError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise SystemExit(2) from error

@@ -1,0 +1,231 @@
+"""Forward mode: a step's update, layer by layer and term by term, pushed through the model.
+
+For each step, ``phi_s(x) v`` for every tangent v = a layer's share of the kernel or regularization update,
+and the residual against ``f(theta_s) - f(theta_{s-1})``, which two forward passes know exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from explaind_core.decompose import StepDecomposition, decompose
+from explaind_core.errors import NonFiniteError, QuestionError
+from explaind_core.feature_maps import ExplainedFunction, gauss_legendre
+from explaind_core.layers import Layer
+from explaind_core.run import Run
+
+__all__ = ["Quadrature", "StepContribution", "contribute"]
+
+#: The orders that refinement climbs through.
+_LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+#: Rounding of the explained function itself, in units of eps times its largest value, that no node can remove.
+_NOISE = 8
+
+
+@dataclass(frozen=True)
+class Quadrature:
+    """How many nodes a step gets.
+
+    Args:
+        nodes: a number, or ``"adaptive"``.
+        tolerance: adaptive only: a step is refined while its largest residual (over test samples and outputs)
+            exceeds ``tolerance * max |f(theta_s) - f(theta_{s-1})|``, plus rounding of f (8 eps max |f|).
+        most: adaptive only: the largest order tried. A step that misses the tolerance keeps its best order
+            and is marked as not converged.
+
+    Raises:
+        QuestionError: not a positive number of nodes, or no positive tolerance.
+
+    Example:
+        >>> Quadrature(2).adaptive
+        False
+    """
+
+    nodes: int | str = "adaptive"
+    tolerance: float = 1e-3
+    most: int = 32
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.nodes, int) and not isinstance(self.nodes, bool) and self.nodes >= 1
+        if not whole and self.nodes != "adaptive":
+            raise QuestionError(
+                "nodes is not a number of nodes", expected="'adaptive' or an integer >= 1", got=self.nodes
+            )
+        if not (self.tolerance > 0):
+            raise QuestionError("the tolerance is not positive", expected="> 0", got=self.tolerance)
+        if self.most < 1:
+            raise QuestionError("max_nodes is not positive", expected=">= 1", got=self.most)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the number of nodes is chosen step by step."""
+        return self.nodes == "adaptive"
+
+    @property
+    def ladder(self) -> tuple[int, ...]:
+        """The orders to try, rising."""
+        if not self.adaptive:
+            return (int(self.nodes),)
+        return tuple(q for q in _LADDER if q <= self.most)
+
+
+@dataclass(frozen=True)
+class StepContribution:
+    """What one step added to the explained function. Arrays are float64.
+
+    Attributes:
+        step: s. terms: term -> ``[layers, n, J]``. rest: what the layers leave out, ``[n, J]``, None if nothing.
+        residual: ``change - sum of all terms``, ``[n, J]``. change: ``f(theta_s) - f(theta_{s-1})``.
+        before: ``f(theta_{s-1})``. after: ``f(theta_s)``.
+        nodes: the order used. evaluations: nodes evaluated, refinements included.
+        converged: whether the residual met the tolerance (always True for a fixed number of nodes).
+        update_error: the declared update's relative distance from the recorded one (see decompose).
+    """
+
+    step: int
+    terms: Mapping[str, Tensor]
+    rest: Tensor | None
+    residual: Tensor
+    before: Tensor
+    after: Tensor
+    nodes: int
+    evaluations: int
+    converged: bool
+    update_error: float
+
+
+@dataclass(frozen=True)
+class _Tangents:
+    """Groups of tangents; the members of a group have the same parameters and are differentiated together."""
+
+    groups: list[list[tuple[int, str]]]
+    vectors: list[list[dict[str, Tensor]]]
+
+
+def term_names(run: Run) -> tuple[str, ...]:
+    """The terms of a run's decomposition: a prehistory only where recording began with a used optimizer."""
+    used = any(run.optimizer_state(0).values())
+    return ("kernel", "regularization", "prehistory") if used else ("kernel", "regularization")
+
+
+def contribute(
+    run: Run,
+    function: ExplainedFunction,
+    steps: Sequence[int],
+    layers: Sequence[Layer],
+    rest: Layer | None,
+    quadrature: Quadrature,
+) -> Iterator[StepContribution]:
+    """What each of ``steps`` (rising) added to the explained function, in order.
+
+    Raises:
+        NonFiniteError: the explained function is not finite after some step.
+    """
+    names = term_names(run)
+    wanted = set(steps)
+    following: tuple[int, Tensor] | None = None
+    rung = 0
+    for split in decompose(run, first=steps[0], last=steps[-1]):
+        if split.step not in wanted:
+            continue
+        known = following is not None and following[0] == split.step - 1
+        before = following[1] if known and following is not None else function.values(split.theta_before)
+        after = function.values(split.theta)
+        for s, value in ((split.step - 1, before), (split.step, after)):
+            if not torch.isfinite(value).all():
+                raise NonFiniteError("the explained function is NaN or infinite", where=f"theta after step {s}")
+        contribution, rung = _refine(function, split, names, layers, rest, (before, after), quadrature, rung)
+        yield contribution
+        following = (split.step, after)
+
+
+def _refine(
+    function: ExplainedFunction,
+    split: StepDecomposition,
+    names: Sequence[str],
+    layers: Sequence[Layer],
+    rest: Layer | None,
+    values: tuple[Tensor, Tensor],
+    quadrature: Quadrature,
+    rung: int,
+) -> tuple[StepContribution, int]:
+    """Raise the order until the tolerance is met; start where the last step ended, for steps are alike."""
+    before, after = values
+    change = after - before
+    noise = _NOISE * torch.finfo(function.dtype).eps * float(torch.maximum(before.abs(), after.abs()).max())
+    bound = quadrature.tolerance * float(change.abs().max()) + noise
+    tangents = _tangents(split, names, layers, rest)
+    ladder = quadrature.ladder
+    evaluations, best, best_error, best_nodes = 0, None, float("inf"), 0
+    for climbed in range(min(rung, len(ladder) - 1), len(ladder)):
+        q = ladder[climbed]
+        parts = _integrate(function, split, tangents, q, (len(layers), *change.shape))
+        evaluations += q
+        total = sum((part.sum(0) for part in parts.values()), torch.zeros_like(change))
+        error = float((change - total).abs().max())
+        if error < best_error:
+            best, best_error, best_nodes = parts, error, q
+        rung = climbed
+        if error <= bound:
+            break
+    assert best is not None
+    if quadrature.adaptive and best_error < bound / 4 and rung > 0:
+        rung -= 1
+    rest_part = best.pop("(rest)", None)
+    terms = {name: best.get(name, torch.zeros((len(layers), *change.shape), dtype=torch.float64)) for name in names}
+    left = None if rest is None else (torch.zeros_like(change) if rest_part is None else rest_part.sum(0))
+    total = sum((part.sum(0) for part in terms.values()), torch.zeros_like(change) if left is None else left)
+    contribution = StepContribution(
+        step=split.step,
+        terms=terms,
+        rest=left,
+        residual=change - total,
+        before=before,
+        after=after,
+        nodes=best_nodes,
+        evaluations=evaluations,
+        converged=not quadrature.adaptive or best_error <= bound,
+        update_error=split.error,
+    )
+    return contribution, rung
+
+
+def _tangents(split: StepDecomposition, names: Sequence[str], layers: Sequence[Layer], rest: Layer | None) -> _Tangents:
+    """The tangents that are not zero, grouped by layer."""
+    updates = {
+        name: {n: getattr(u, name) for n, u in split.updates.items() if getattr(u, name) is not None} for name in names
+    }
+    groups: list[list[tuple[int, str]]] = []
+    vectors: list[list[dict[str, Tensor]]] = []
+    for index, layer in enumerate(layers):
+        shares = {name: layer.share(updates[name]) for name in names}
+        shares = {name: share for name, share in shares.items() if any(bool(t.any()) for t in share.values())}
+        if shares:
+            keys = list(dict.fromkeys(n for share in shares.values() for n in share))
+            zeros = {n: torch.zeros_like(split.theta[n], dtype=torch.float64) for n in keys}
+            groups.append([(index, name) for name in shares])
+            vectors.append([{**zeros, **share} for share in shares.values()])
+    if rest is not None:
+        share = rest.share({n: u.declared for n, u in split.updates.items()})
+        if any(bool(t.any()) for t in share.values()):
+            groups.append([(0, "(rest)")])
+            vectors.append([share])
+    return _Tangents(groups, vectors)
+
+
+def _integrate(
+    function: ExplainedFunction, split: StepDecomposition, tangents: _Tangents, q: int, shape: tuple[int, ...]
+) -> dict[str, Tensor]:
+    """``sum_j w_j Df(theta_{s-1} + t_j Delta_s)[v]`` for all tangents: term -> ``[layers, n, J]``."""
+    parts: dict[str, Tensor] = {}
+    for t, weight in gauss_legendre(q):
+        point = function.at({n: torch.lerp(split.theta_before[n], split.theta[n], t) for n in split.theta})
+        for keys, vectors in zip(tangents.groups, tangents.vectors, strict=True):
+            for (index, name), derivative in zip(keys, function.derivatives(point, vectors), strict=True):
+                part = parts.setdefault(name, torch.zeros(shape, dtype=torch.float64))
+                part[index] += weight * derivative
+    return parts
