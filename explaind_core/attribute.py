@@ -62,7 +62,8 @@ def attribute(
         layers: None for a layer per module that owns parameters, a list of module prefixes, or a mapping
             ``{name: prefix, pattern, list of them, or {pattern: slices}}``.
         nodes: quadrature nodes per step, or ``"adaptive"``.
-        tolerance: adaptive only: the largest residual of a step, as a fraction of its largest change of an output.
+        tolerance: adaptive only: the largest residual of a step, as a fraction of the largest change of an output
+            over all steps asked for.
         max_nodes: adaptive only: the most nodes a step may get; one that misses the tolerance is marked.
         memory: the most that the result may take.
         engine: ``"local"``.
@@ -84,7 +85,7 @@ def attribute(
         >>> from explaind_core.testing import record_example
         >>> run = record_example(steps=3)
         >>> result = attribute(run, torch.ones(2, 4, dtype=torch.float64), progress=False)
-        >>> dict(result.kernel.sizes), list(result.layer.values)
+        >>> dict(result.kernel.sizes), result.layer.values.tolist()
         ({'step': 3, 'layer': 2, 'test': 2, 'output': 3}, ['0', '2'])
         >>> closure_error(result) < 1e-12
         True
@@ -140,7 +141,13 @@ class _Frame:
         """Step contributions with what was omitted at and before each."""
         question = self.question
         contributions = contribute(
-            question.run, question.function, steps, question.layers, question.rest, question.quadrature
+            question.run,
+            question.function,
+            steps,
+            question.layers,
+            question.rest,
+            question.quadrature,
+            float((self.final - self.initial).abs().max()),
         )
         position = question.steps.index(steps[0])
         last = (

@@ -33,7 +33,9 @@ class Quadrature:
     Args:
         nodes: a number, or ``"adaptive"``.
         tolerance: adaptive only: a step is refined while its largest residual (over test samples and outputs)
-            exceeds ``tolerance * max |f(theta_s) - f(theta_{s-1})|``, plus rounding of f (8 eps max |f|).
+            exceeds ``tolerance`` times the largest change of an output over all steps asked for, plus rounding
+            of f (8 eps max |f|). Residuals add up over steps, so one bound for all of them gives the nodes to
+            the steps that spoil the sum: the first ones, as a rule.
         most: adaptive only: the largest order tried. A step that misses the tolerance keeps its best order
             and is marked as not converged.
 
@@ -119,8 +121,11 @@ def contribute(
     layers: Sequence[Layer],
     rest: Layer | None,
     quadrature: Quadrature,
+    scale: float,
 ) -> Iterator[StepContribution]:
     """What each of ``steps`` (rising) added to the explained function, in order.
+
+    ``scale`` is what the quadrature's tolerance is a fraction of.
 
     Raises:
         NonFiniteError: the explained function is not finite after some step.
@@ -138,7 +143,9 @@ def contribute(
         for s, value in ((split.step - 1, before), (split.step, after)):
             if not torch.isfinite(value).all():
                 raise NonFiniteError("the explained function is NaN or infinite", where=f"theta after step {s}")
-        contribution, rung = _refine(function, split, names, layers, rest, (before, after), quadrature, rung)
+        contribution, rung = _refine(
+            function, split, names, layers, rest, (before, after), quadrature, quadrature.tolerance * scale, rung
+        )
         yield contribution
         following = (split.step, after)
 
@@ -151,13 +158,14 @@ def _refine(
     rest: Layer | None,
     values: tuple[Tensor, Tensor],
     quadrature: Quadrature,
+    bound: float,
     rung: int,
 ) -> tuple[StepContribution, int]:
     """Raise the order until the tolerance is met; start where the last step ended, for steps are alike."""
     before, after = values
     change = after - before
     noise = _NOISE * torch.finfo(function.dtype).eps * float(torch.maximum(before.abs(), after.abs()).max())
-    bound = quadrature.tolerance * float(change.abs().max()) + noise
+    bound += noise
     tangents = _tangents(split, names, layers, rest)
     ladder = quadrature.ladder
     evaluations, best, best_error, best_nodes = 0, None, float("inf"), 0

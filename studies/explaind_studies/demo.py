@@ -36,12 +36,12 @@ class Setting:
     seed: int = 10
     explained: int = 100
     most_steps: int = 3000
-    tolerance: float = 0.05
+    tolerance: float = 2.5e-4
     samples_at_once: int = 100
 
 
 PAPER = Setting()
-QUICK = Setting(p=31, train=320, test=160, seed=0, most_steps=600)
+QUICK = Setting(p=67, train=1980, test=298, seed=0, most_steps=1000)
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,9 @@ def demo(folder: Path, setting: Setting, *, progress: bool = True, console: Cons
     )
 
     inputs = task.test_inputs[: setting.explained]
-    check = explaind.verify(run, inputs[: setting.samples_at_once], nodes=2, progress=progress)
+    check = explaind.verify(
+        run, inputs[: setting.samples_at_once], nodes="adaptive", tolerance=setting.tolerance, progress=progress
+    )
     console.print(str(check))
 
     result, scores, closure = _decompose(run, inputs, setting, folder, progress=progress)
