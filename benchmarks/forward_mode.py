@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from timing import interleaved
 
+from explaind_core.contract import _integrate, _tangents
+from explaind_core.decompose import StepDecomposition, UpdateSplit
 from explaind_core.feature_maps import ExplainedFunction
 from explaind_core.layers import resolve_layers
 from explaind_core.outputs import Outputs
@@ -28,29 +30,33 @@ def main(chunk: int = 500) -> None:
     info = {n: ParameterInfo(t.shape, t.dtype, True) for n, t in theta.items()}
     layers, _ = resolve_layers(LAYERS, info)
     update = {n: 1e-3 * torch.randn_like(t) for n, t in theta.items()}
+    updates = {n: UpdateSplit(u.double(), -u.double(), None, u.double()) for n, u in update.items()}
+    split = StepDecomposition(1, updates, theta, {n: t + update[n] for n, t in theta.items()}, 0.0, 0.0, 0.0)
+    tangents = _tangents(split, ("kernel", "regularization"), layers, None)
     table = Table("samples", "forward, ms", "forwards per node", "per tangent", *LAYERS)
     for samples in (100, 500, 2000):
         inputs = task.test_inputs[:samples]
         function = ExplainedFunction(model, {}, inputs, Outputs(), chunk=chunk)
+        shape = (len(layers), samples, 115)
 
         def forward(inputs: torch.Tensor = inputs) -> None:
             with torch.no_grad():
                 model(inputs)
 
-        timed = {"forward": forward}
+        timed = {
+            "forward": forward,
+            "node": lambda function=function, shape=shape: _integrate(function, split, tangents, 1, shape),
+        }
         for layer in layers:
             share = layer.share(update)
             timed[layer.name] = lambda function=function, share=share: function.derivatives(theta, [share, share])
         times = interleaved(timed)
-        plain = times.pop("forward")
-        node = sum(times.values())
+        plain, node = times.pop("forward"), times.pop("node")
         cells = [f"{node / plain:.1f}", f"{node / plain / (2 * len(layers)):.2f}"]
         table.add_row(str(samples), f"{1e3 * plain:.2f}", *cells, *(f"{t / plain / 2:.2f}" for t in times.values()))
     console = Console(width=150)
     console.print(table)
-    console.print(
-        "the last columns are forwards per tangent of that layer (two tangents, kernel and regularization, at once)"
-    )
+    console.print("last columns: forwards per tangent of a layer alone (kernel and regularization at once)")
 
 
 if __name__ == "__main__":

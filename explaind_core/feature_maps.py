@@ -102,15 +102,19 @@ class ExplainedFunction:
             return torch.cat([self._evaluate(theta, rows).double().cpu() for rows in self.chunks])
 
     def derivatives(self, theta: Parameters, tangents: Sequence[Parameters]) -> Tensor:
-        """``Df(theta)[v]`` for tangents v over the same few parameters, the others held constant.
+        """``Df(theta)[v]`` for tangents v over a few parameters, the others held constant.
+
+        A tangent is zero for parameters that only other tangents name.
 
         Returns:
             ``[len(tangents), n, J]`` in float64.
         """
         theta = self.at(theta)
-        names = [n for n in theta if n in tangents[0]]
-        point = {n: theta[n] for n in names}
-        stacked = {n: torch.stack([v[n].to(self.device, self.dtype) for v in tangents]) for n in names}
+        point = {n: t for n, t in theta.items() if any(n in v for v in tangents)}
+        stacked = {n: t.new_zeros((len(tangents), *t.shape)) for n, t in point.items()}
+        for index, tangent in enumerate(tangents):
+            for n, t in tangent.items():
+                stacked[n][index] = t
         with _differentiable_kernels():
             return torch.cat([self._chunk(theta, point, stacked, rows).double().cpu() for rows in self.chunks], dim=1)
 
