@@ -82,6 +82,7 @@ def attribute(
         NonFiniteError: the explained function is not finite somewhere on the way.
 
     Example:
+        >>> import torch
         >>> from explaind_core.testing import record_example
         >>> run = record_example(steps=3)
         >>> result = attribute(run, torch.ones(2, 4, dtype=torch.float64), progress=False)
@@ -335,6 +336,7 @@ def closure_error(result: xr.Dataset) -> float:
     ``residual``, not here.
 
     Example:
+        >>> import torch
         >>> from explaind_core.testing import record_example
         >>> inputs = torch.ones(1, 4, dtype=torch.float64)
         >>> result = attribute(record_example(steps=2), inputs, keep=("layer",), progress=False)

@@ -70,28 +70,28 @@ class Replay:
         Only classes that are already loaded, or that a registered rule speaks for, are considered.
         """
         name: str = self.run.manifest["optimizer"]
-        if any(name in r.rule.optimizers for r in self.run.registry.rules()):
-            module, _, attribute = name.rpartition(".")
-            try:
-                found: type[torch.optim.Optimizer] = getattr(importlib.import_module(module), attribute)
-            except (ImportError, AttributeError) as error:
-                raise StoreError(
-                    f"the optimizer {name} is not installed here: {error}",
-                    where=self.run.path,
-                    remedy=f"install the package that provides {module.split('.')[0]!r}",
-                ) from error
-            return found
         pending = [torch.optim.Optimizer]
         while pending:
             candidate = pending.pop()
             if qualified_name(candidate) == name:
                 return candidate
             pending += candidate.__subclasses__()
-        raise StoreError(
-            f"the optimizer {name} is not known here",
-            where=self.run.path,
-            remedy="import the module that defines it before opening the run, or pass make_optimizer=",
-        )
+        if not any(name in r.rule.optimizers for r in self.run.registry.rules()):
+            raise StoreError(
+                f"the optimizer {name} is not known here",
+                where=self.run.path,
+                remedy="import the module that defines it before opening the run, or pass make_optimizer=",
+            )
+        module, _, attribute = name.rpartition(".")
+        try:
+            found: type[torch.optim.Optimizer] = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise StoreError(
+                f"the optimizer {name} is not installed here: {error}",
+                where=self.run.path,
+                remedy=f"install the package that provides {module.split('.')[0]!r}",
+            ) from error
+        return found
 
     def _build(self) -> torch.optim.Optimizer:
         if not self.run.steps:

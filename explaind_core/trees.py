@@ -28,6 +28,7 @@ def flatten(tree: Any, where: str) -> tuple[Any, dict[str, Tensor]]:
         RecordingError: the tree holds something else.
 
     Example:
+        >>> import torch
         >>> flatten({"x": torch.ones(2), "n": (1, None)}, "example")
         ({'x': {'#tensor': '0'}, 'n': {'#tuple': [1, None]}}, {'0': tensor([1., 1.])})
     """
@@ -63,6 +64,7 @@ def unflatten(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
     """Rebuild what :func:`flatten` split.
 
     Example:
+        >>> import torch
         >>> unflatten(*flatten({"n": (1, torch.zeros(1))}, "example"))
         {'n': (1, tensor([0.]))}
     """
@@ -83,6 +85,7 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
     """``tree`` with ``function`` applied to each tensor; containers are copied, other leaves kept.
 
     Example:
+        >>> import torch
         >>> map_tensors(lambda x: x + 1, [torch.zeros(1), "a"])
         [tensor([1.]), 'a']
     """
@@ -101,6 +104,7 @@ def leaves(tree: Any) -> list[Tensor]:
     """All tensors in ``tree``, in order.
 
     Example:
+        >>> import torch
         >>> leaves({"a": torch.zeros(1), "b": [torch.ones(1)]})
         [tensor([0.]), tensor([1.])]
     """
