@@ -30,7 +30,9 @@ Nodes = Annotated[str, typer.Option(help="quadrature nodes per step, or 'adaptiv
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="where to write; an interrupted demo continues there")] = Path("runs/demo"),
+    out: Annotated[
+        Path | None, typer.Option(help="where to write (runs/demo or runs/quick); an interrupted demo continues there")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="a smaller modulus, within 2 minutes")] = False,
     paper: Annotated[bool, typer.Option("--paper", help="explain all 2,000 test samples (scores only)")] = False,
     seed: Annotated[int | None, typer.Option(help="of data and initialisation")] = None,
@@ -45,8 +47,7 @@ def demo(
         setting = replace(setting, explained=setting.test)
     if seed is not None:
         setting = replace(setting, seed=seed)
-    name = ("quick" if quick else "demo") + ("-paper" if paper else "")
-    folder = out if out != Path("runs/demo") else Path("runs") / name
+    folder = out if out is not None else Path("runs") / ("quick" if quick else "demo")
     raise typer.Exit(0 if study.demo(folder, setting, console=console).holds else 1)
 
 

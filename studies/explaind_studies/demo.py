@@ -39,6 +39,11 @@ class Setting:
     tolerance: float = 2.5e-4
     samples_at_once: int = 100
 
+    @property
+    def suffix(self) -> str:
+        """Marks what is written about more samples than are decomposed in one pass."""
+        return f"_{self.explained}" if self.explained > self.samples_at_once else ""
+
 
 PAPER = Setting()
 QUICK = Setting(p=67, train=1980, test=298, seed=0, most_steps=1000)
@@ -156,7 +161,7 @@ def demo(folder: Path, setting: Setting, *, progress: bool = True, console: Cons
             scores,
             title=f"(a + b) mod {setting.p}: {len(run.steps)} AdamW steps, {len(inputs)} test samples explained",
         ),
-        folder / "figure_3a.png",
+        folder / f"figure_3a{setting.suffix}.png",
     )
     nodes = float(scores.attrs["nodes_per_step"])
     holds = check.agreement == 1.0 and (check.kl or 0.0) <= 2e-5 and closure <= 1e-4
@@ -164,7 +169,9 @@ def demo(folder: Path, setting: Setting, *, progress: bool = True, console: Cons
         f"decomposed by step x layer x term: {nodes:.2f} nodes per step "
         f"({scores.attrs['evaluated_per_step']:.2f} evaluated), "
         f"closure error {closure:.1e} of the largest output\n"
-        f"wrote {folder}/: " + ("result.zarr, " if result is not None else "") + f"scores.zarr, {figure.name}\n"
+        f"wrote {folder}/: "
+        + ("result.zarr, " if result is not None else "")
+        + f"scores{setting.suffix}.zarr, {figure.name}\n"
         f"checks {'hold' if holds else 'DO NOT HOLD'}: agreement 100 %, KL <= 2e-5, closure <= 1e-4"
     )
     return DemoResult(run, result, scores, check, closure, figure, holds)
@@ -193,7 +200,7 @@ def _decompose(
         closures.append(scores.attrs["closure"])
         total = scores if total is None else (total + scores).assign_attrs(scores.attrs)
     assert total is not None
-    total.to_zarr(folder / "scores.zarr", mode="w", zarr_format=2, consolidated=False)
+    total.to_zarr(folder / f"scores{setting.suffix}.zarr", mode="w", zarr_format=2, consolidated=False)
     result = None if len(pieces) > 1 else xr.open_zarr(folder / "result.zarr", consolidated=False, chunks=None)
     return result, total, max(closures)
 
