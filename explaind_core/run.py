@@ -153,7 +153,8 @@ class Run:
         """The parameters after step s; ``theta(0)`` is the initialisation. Every tensor has its own storage."""
         self.check_step(s, first=0)
         if s == 0:
-            return self._start("theta/")
+            start = self._start("theta/")
+            return {n: start[n] for n in self.parameters}
         stored = self.store.read_tensors(self.store.step_path(s), what=f"step {s}").tensors
         found = {n: stored[f"theta/{n}"] for n in self.parameters if f"theta/{n}" in stored}
         if len(found) < len(self.parameters):  # the others were never trained up to here
@@ -188,17 +189,16 @@ class Run:
         return tuple(trees.map_tensors(lambda t: t.item() if t.numel() == 1 else t, group) for group in groups)
 
     def gradients(self, s: int) -> dict[str, Tensor]:
-        """The gradients that step s was fed; a parameter without one is left out."""
+        """The gradients that step s was fed, in the order of ``parameters``; one without a gradient is left out."""
         self.check_step(s)
         stored = self.store.read_tensors(self.store.step_path(s), what=f"step {s}").tensors
         found = {}
-        for key, tensor in stored.items():
-            kind, _, name = key.partition("/")
-            if kind == "gradient":
-                found[name] = tensor
-            elif kind == "sparse_indices":
-                values = stored[f"sparse_values/{name}"]
-                found[name] = torch.sparse_coo_tensor(tensor, values, self.parameters[name].shape)
+        for name, info in self.parameters.items():
+            if f"gradient/{name}" in stored:
+                found[name] = stored[f"gradient/{name}"]
+            elif f"sparse_indices/{name}" in stored:
+                indices, values = stored[f"sparse_indices/{name}"], stored[f"sparse_values/{name}"]
+                found[name] = torch.sparse_coo_tensor(indices, values, info.shape)
         return found
 
     def gradient_factor(self, s: int) -> float:
