@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+import zarr
 from torch import Tensor
 
 from explaind_core import trees
@@ -149,6 +150,7 @@ class _Frame:
             question.rest,
             question.quadrature,
             float((self.final - self.initial).abs().max()),
+            _BLOCK,
         )
         position = question.steps.index(steps[0])
         last = (
@@ -275,11 +277,13 @@ def _to_zarr(frame: _Frame, path: Path, progress: bool) -> xr.Dataset:
     done = _steps_done(path, identity)
     remaining = question.steps[done:]
     if remaining:
+        if done:
+            _cut(path, done)
         parts = frame.compute(remaining, progress=progress)
         for start in range(0, len(remaining), _BLOCK):
             size = min(_BLOCK, len(remaining) - start)
             block = frame.collect(next(parts) for _ in range(size))
-            block.attrs["question"] = identity
+            block.attrs |= {"question": identity, "steps_done": done + start}
             if done or start:
                 stepwise = block.drop_vars([n for n, v in block.variables.items() if "step" not in v.dims])
                 stepwise.to_zarr(path, append_dim="step", zarr_format=2, consolidated=False)
@@ -292,6 +296,8 @@ def _to_zarr(frame: _Frame, path: Path, progress: bool) -> xr.Dataset:
                     consolidated=False,
                     encoding={n: {"chunks": c} for n, c in chunks.items() if c},
                 )
+            # Only now does the block count: one that a kill cuts short is computed again.
+            zarr.open_group(path, mode="r+").attrs["steps_done"] = done + start + size
         for _ in parts:  # lets the progress bar close
             pass
     stored: xr.Dataset = xr.open_zarr(path, consolidated=False, chunks=None)
@@ -308,16 +314,14 @@ def _steps_done(path: Path, identity: str) -> int:
     if not path.exists() or not any(path.iterdir()):
         return 0
     try:
-        with xr.open_zarr(path, consolidated=False, chunks=None) as stored:
-            known = stored.attrs.get("question")
-            # An append that was cut short leaves the variables at different lengths, which fails to open.
-            done = stored.sizes.get("step", 0)
+        attributes = zarr.open_group(path, mode="r").attrs.asdict()
     except (OSError, KeyError, ValueError) as error:
         raise QuestionError(
             f"there is something at out= that is no result: {error}",
             where=path,
             remedy="choose another path, or delete it",
         ) from error
+    known = attributes.get("question")
     if known != identity:
         raise QuestionError(
             "out= holds the result of another question",
@@ -326,7 +330,14 @@ def _steps_done(path: Path, identity: str) -> int:
             got=known or "no result of explaind",
             remedy="choose another path, or delete it",
         )
-    return int(done)
+    return int(attributes["steps_done"])
+
+
+def _cut(path: Path, done: int) -> None:
+    """Drop what an append that was cut short left behind the first ``done`` steps."""
+    for _, array in zarr.open_group(path, mode="r+").arrays():
+        if "step" in array.attrs["_ARRAY_DIMENSIONS"] and len(array) > done:
+            array.resize((done, *array.shape[1:]))
 
 
 def closure_error(result: xr.Dataset) -> float:

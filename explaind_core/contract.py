@@ -126,10 +126,12 @@ def contribute(
     rest: Layer | None,
     quadrature: Quadrature,
     scale: float,
+    block: int,
 ) -> Iterator[StepContribution]:
     """What each of ``steps`` (rising) added to the explained function, in order.
 
-    ``scale`` is what the quadrature's tolerance is a fraction of.
+    ``scale`` is what the quadrature's tolerance is a fraction of. The search for the order begins afresh every
+    ``block`` steps, so that steps taken up at a block's start get the same nodes as in one go.
 
     Raises:
         NonFiniteError: the explained function is not finite after some step.
@@ -137,7 +139,7 @@ def contribute(
     names = term_names(run)
     wanted = set(steps)
     following: tuple[int, Tensor] | None = None
-    rung = 0
+    count = rung = 0
     for split in decompose(run, first=steps[0], last=steps[-1]):
         if split.step not in wanted:
             continue
@@ -147,6 +149,8 @@ def contribute(
         for s, value in ((split.step - 1, before), (split.step, after)):
             if not torch.isfinite(value).all():
                 raise NonFiniteError("the explained function is NaN or infinite", where=f"theta after step {s}")
+        rung = rung if count % block else 0
+        count += 1
         contribution, rung = _refine(
             function, split, names, layers, rest, (before, after), quadrature, quadrature.tolerance * scale, rung
         )

@@ -81,19 +81,23 @@ class _ParameterFilter:
         self.kernel: FilterState = ()
         self.decay: FilterState = ()
         self.prehistory: FilterState = ()
-        used = {key: t for key, t in state.items() if isinstance(t, Tensor) and t.ndim and bool((t != 0).any())}
-        if used and not rule.filter_states and self.clock:
-            raise RecordingError(
-                "recording began with a used optimizer, and its rule does not say which state is the filter's",
-                where=f"parameter {name!r}, state entries {sorted(used)}",
-                expected=f"{type(rule).__name__}.filter_states",
-                remedy="record from the first step, or declare filter_states in the rule",
-            )
-        if any(key in used for key in rule.filter_states):
+        held = {k: _dense(t) for k, t in state.items() if k != "step" and isinstance(t, Tensor)}
+        # Some optimizers fill their state before their first step; a clock at 0 says that it is unused.
+        fresh = "step" in state and self.clock == 0
+        self.used = [] if fresh else sorted(k for k, t in held.items() if bool(t.any()))
+        self.named = bool(rule.filter_states)
+        if any(key in self.used for key in rule.filter_states):
             self.prehistory = tuple(_initial(state.get(key), shape) for key in rule.filter_states)
 
     def advance(self, split: _Inputs, coefficients: LinearFilter) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Feed one step; what the filter reads out of gradients, of decay and of prehistory (None where zero)."""
+        if self.used and coefficients.order and not self.named:
+            raise RecordingError(
+                "recording began with a used optimizer, and its rule does not say which state is the filter's",
+                where=f"parameter {self.name!r}, state entries {self.used}",
+                expected="the rule's filter_states",
+                remedy="record from the first step, or declare filter_states in the rule",
+            )
         self.kernel = self._grown(self.kernel, coefficients)
         kernel, self.kernel = coefficients.advance(self.kernel, split.gradient)
         decay: Tensor | None = None
@@ -124,7 +128,11 @@ class _ParameterFilter:
 
 
 def _initial(value: object, shape: torch.Size) -> Tensor:
-    return value.double() if isinstance(value, Tensor) else torch.zeros(shape, dtype=torch.float64)
+    return _dense(value).double() if isinstance(value, Tensor) else torch.zeros(shape, dtype=torch.float64)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor.to_dense() if tensor.is_sparse else tensor
 
 
 @dataclass(frozen=True)
@@ -215,7 +223,7 @@ def _split_parameter(rule: UpdateRule, replayed: ReplayedStep, name: str, memory
         clock=memory.clock,
         hyper=OptimizerState(name, replayed.hyper[name], "parameter group"),
         theta=theta,
-        gradient=(gradient.to_dense() if gradient.is_sparse else gradient).double(),
+        gradient=_dense(gradient).double(),
         displacement=replayed.theta[name].double() - theta,
         before=OptimizerState(name, _in_float64(replayed.before.get(name, {})), "optimizer state before the step"),
         after=OptimizerState(name, _in_float64(replayed.after.get(name, {})), "optimizer state after the step"),

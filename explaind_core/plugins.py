@@ -110,7 +110,9 @@ class Registry:
             # An implementation may leave out arguments that it does not need, as in any pluggy plugin.
             wanted = {name: arguments[name] for name in implementation.argnames}
             try:
-                yield implementation.plugin_name, implementation.function(**wanted)
+                answer = implementation.function(**wanted)
+                # A generator runs here, where its errors have a name.
+                yield implementation.plugin_name, tuple(answer) if isinstance(answer, Iterator) else answer
             except Exception as error:
                 raise PluginError(
                     f"the plugin {implementation.plugin_name!r} raised {type(error).__name__}: {error}",

@@ -149,7 +149,7 @@ class Recorder:
 
     def _start(self, overwrite: bool) -> None:
         path = self._store.path
-        if path.exists() and any(path.iterdir()):
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             if not overwrite:
                 raise StoreError(
                     "there is something at this path already",
@@ -196,6 +196,15 @@ class Recorder:
         from explaind_core.run import open_run  # reading is the next stage; only resuming needs it here
 
         run = open_run(self._store.path, model=self._model)
+        trained_by, given = run.manifest["optimizer"], qualified_name(type(self._optimizer))
+        if trained_by != given:
+            raise RecordingError(
+                "the run was recorded with another optimizer",
+                where=self._store.path,
+                expected=trained_by,
+                got=given,
+                remedy="resume with the recorded one, or start a new run",
+            )
         self.steps = len(run.steps)
         self._last = run.theta(self.steps)
         self._buffers = run.buffers(self.steps)
@@ -226,8 +235,16 @@ class Recorder:
         Raises:
             RecordingError: ids are not one integer per sample, or out of range; inputs cannot be stored.
         """
-        ids = torch.as_tensor(ids).detach().cpu()
         where = f"batch of step {self.steps + 1}"
+        try:
+            ids = torch.as_tensor(ids).detach().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise RecordingError(
+                "ids must be one integer per sample",
+                where=where,
+                expected="a 1-d sequence of integers",
+                got=f"{type(ids).__name__}: {error}",
+            ) from error
         if ids.ndim != 1 or ids.dtype.is_floating_point or ids.dtype in (torch.bool, torch.complex64):
             raise RecordingError(
                 "ids must be one integer per sample",
@@ -254,7 +271,8 @@ class Recorder:
                 remedy="pass the positions of the samples in the training set",
             )
         structure, tensors = trees.flatten({"inputs": inputs, "targets": targets}, "the batch")
-        stored = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+        # Copies: inputs and targets may be one tensor, or overlap (an autoencoder, a language model).
+        stored = {key: _copy(tensor) for key, tensor in tensors.items()}
         key = _content_hash(structure, stored)
         if key not in self._known_batches and not self._store.batch_path(key).exists():
             self._store.write_tensors(self._store.batch_path(key), structure, stored)
@@ -283,13 +301,13 @@ class Recorder:
             raise NonFiniteError("the gradient factor is not finite", where=f"step {self.steps + 1}", got=factor)
         self._factor *= float(factor)
 
-    def log(self, **metrics: float) -> None:
+    def log(self, **metrics: float | Tensor) -> None:
         """Keep numbers (a loss, an accuracy) with the last finished step; ``run.metrics`` returns them.
 
         Raises:
             NonFiniteError: one of them is NaN or infinite.
         """
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {n: float(v.detach() if isinstance(v, Tensor) else v) for n, v in metrics.items()}
         for name, value in values.items():
             if not math.isfinite(value):
                 raise NonFiniteError(
@@ -393,6 +411,16 @@ class Recorder:
                     remedy=f"training has diverged; the {self.steps} steps recorded so far are intact",
                 )
 
+    def _check_finite(self, theta: Mapping[str, Tensor]) -> None:
+        for name, value in theta.items():
+            if not math.isfinite(value.sum().item()) and not torch.isfinite(value).all():
+                raise NonFiniteError(
+                    "the step made a parameter NaN or infinite",
+                    where=f"parameter {name!r}, step {self.steps + 1}",
+                    expected="finite numbers",
+                    remedy=f"lower the learning rate; the {self.steps} steps recorded so far are intact",
+                )
+
     def _after_step(self, _optimizer: torch.optim.Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
         pending, self._pending = self._pending, None
         if pending is None:  # the recorder was made inside this very step
@@ -406,6 +434,7 @@ class Recorder:
             self.skipped += 1
             self.discard_batch()
             return
+        self._check_finite({name: theta[name] for name in pending.gradients})
         self._write_step(pending, theta)
         self.steps += 1
         self._last = theta

@@ -96,7 +96,7 @@ class Replay:
     def _build(self) -> torch.optim.Optimizer:
         if not self.run.steps:
             raise StoreError("the run has no finished step", where=self.run.path, remedy="train at least one step")
-        groups = [{**group, "params": [self._parameters[n] for n in group["params"]]} for group in self.run.hyper(1)]
+        groups = [{**group, "params": [self._parameters[n] for n in group["params"]]} for group in self.run.groups(1)]
         if self.run.make_optimizer is not None:
             return self.run.make_optimizer(groups)
         kind = self._optimizer_class()
@@ -145,8 +145,8 @@ class Replay:
         before_theta = self.run.theta(start)
         before_state = self._state()
         for s in range(start + 1, (len(self.run.steps) if until is None else until) + 1):
-            theta, gradients, groups = self.run.theta(s), self.run.gradients(s), self.run.hyper(s)
-            self._set_groups(groups)
+            theta, gradients = self.run.theta(s), self.run.gradients(s)
+            self._set_groups(self.run.groups(s))
             with torch.no_grad():
                 for name, parameter in self._parameters.items():
                     parameter.copy_(before_theta[name])
@@ -157,7 +157,7 @@ class Replay:
                 (float((p.detach() - theta[n]).abs().max()) for n, p in self._parameters.items() if p.numel()),
                 default=0.0,
             )
-            hyper = {n: {k: v for k, v in g.items() if k != "params"} for g in groups for n in g["params"]}
+            hyper = {n: {k: v for k, v in g.items() if k != "params"} for g in self.run.hyper(s) for n in g["params"]}
             yield ReplayedStep(s, before_theta, theta, gradients, hyper, before_state, after_state, drift)
             before_theta, before_state = theta, after_state
 

@@ -179,14 +179,17 @@ class Run:
 
         One-element tensors (a learning rate kept as a tensor) are returned as numbers.
         """
+        return tuple(trees.map_tensors(lambda t: t.item() if t.numel() == 1 else t, group) for group in self.groups(s))
+
+    def groups(self, s: int) -> tuple[dict[str, Any], ...]:
+        """As :meth:`hyper`, with tensors left as they are: with numbers instead, an optimizer may round otherwise."""
         self.check_step(s)
         structure = self._header(s)["groups"]
         tensors: dict[str, Tensor] = {}
         if "#tensor" in repr(structure):
             stored = self.store.read_tensors(self.store.step_path(s), what=f"step {s}").tensors
             tensors = {n.removeprefix("group/"): t for n, t in stored.items() if n.startswith("group/")}
-        groups = trees.unflatten(structure, tensors)
-        return tuple(trees.map_tensors(lambda t: t.item() if t.numel() == 1 else t, group) for group in groups)
+        return tuple(trees.unflatten(structure, tensors))
 
     def gradients(self, s: int) -> dict[str, Tensor]:
         """The gradients that step s was fed, in the order of ``parameters``; one without a gradient is left out."""
@@ -198,7 +201,7 @@ class Run:
                 found[name] = stored[f"gradient/{name}"]
             elif f"sparse_indices/{name}" in stored:
                 indices, values = stored[f"sparse_indices/{name}"], stored[f"sparse_values/{name}"]
-                found[name] = torch.sparse_coo_tensor(indices, values, info.shape)
+                found[name] = torch.sparse_coo_tensor(indices, values, info.shape, check_invariants=True)
         return found
 
     def gradient_factor(self, s: int) -> float:
@@ -240,7 +243,7 @@ class Run:
 
     def snapshots(self) -> list[int]:
         """The steps after which the optimizer's state was kept, 0 (the start) first."""
-        kept = sorted(int(p.stem) for p in (self.path / "snapshots").glob("*.safetensors"))
+        kept = sorted(int(p.stem) for p in (self.path / "snapshots").glob("*.safetensors") if p.stem.isdecimal())
         return [0, *(s for s in kept if s <= len(self.steps))]
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, s: int | None = None) -> int:
@@ -263,6 +266,7 @@ class Run:
                 parameter.copy_(theta[name])
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
+        optimizer.state.clear()  # a parameter without recorded state has none
         for name, entries in state.items():
             optimizer.state[named[name]] = entries
         return s

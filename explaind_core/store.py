@@ -92,10 +92,21 @@ class RunStore:
     def append_line(self, name: str, value: Any) -> None:
         """Append one JSON line to a log; a torn last line is passed over by :meth:`read_lines`."""
         try:
-            with (self.path / name).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(value) + "\n")
+            with (self.path / name).open("ab") as file:
+                file.truncate(self._whole_lines(self.path / name))
+                file.write((json.dumps(value) + "\n").encode())
         except OSError as error:
             raise self._write_error(self.path / name, error) from error
+
+    @staticmethod
+    def _whole_lines(path: Path) -> int:
+        """The length of a log without a last line that a kill cut short, behind which nothing must be appended."""
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 1, 0))
+            if file.read() in (b"", b"\n"):
+                return size
+        return path.read_bytes().rfind(b"\n") + 1
 
     def _write(self, path: Path, content: bytes) -> None:
         # Not Path.with_suffix: the name must not end like a finished file.
@@ -153,16 +164,14 @@ class RunStore:
             with path.open("rb") as file:
                 prefix = file.read(8)
                 length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-                entries = json.loads(file.read(length)) if 0 < length < size else None
+                entries = json.loads(file.read(length) if 0 < length < size else "")
+                ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
         except FileNotFoundError:
             raise StoreError(f"{what} is missing", where=path, remedy=remedy) from None
-        except (ValueError, UnicodeDecodeError):
-            entries = None
-        if not isinstance(entries, dict):
+        except (ValueError, AttributeError, LookupError, TypeError):  # no header, or one of something else
             raise StoreError(
                 f"{what} is truncated or not a safetensors file", where=path, got=f"{size} bytes", remedy=remedy
-            )
-        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+            ) from None
         expected = 8 + length + max(ends, default=0)
         if size != expected:
             raise StoreError(
@@ -239,7 +248,7 @@ class RunStore:
         Raises:
             StoreError: a step in the middle is missing or truncated, or steps are missing at the end of a closed run.
         """
-        found = sorted(int(p.stem) for p in (self.path / "steps").glob("*/*.safetensors"))
+        found = sorted(int(p.stem) for p in (self.path / "steps").glob("*/*.safetensors") if p.stem.isdecimal())
         closed = self.read_json("closed.json")
         recorded = max(found[-1] if found else 0, closed["steps"] if closed else 0)
         total = recorded if until is None else until

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from explaind_core.errors import RecordingError
@@ -35,6 +36,9 @@ def flatten(tree: Any, where: str) -> tuple[Any, dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
 
     def visit(value: Any, path: str) -> Any:
+        if isinstance(value, Tensor) and value.layout == torch.sparse_coo:
+            parts = [visit(part.detach(), path) for part in (value._indices(), value._values())]
+            return {"#sparse": [*parts, list(value.shape), value.is_coalesced()]}
         if isinstance(value, Tensor):
             key = str(len(tensors))
             tensors[key] = value.detach()
@@ -73,6 +77,9 @@ def unflatten(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(structure, dict):
         if "#tensor" in structure:
             return tensors[structure["#tensor"]]
+        if "#sparse" in structure:
+            indices, values, shape, coalesced = unflatten(structure["#sparse"], tensors)
+            return torch.sparse_coo_tensor(indices, values, shape, check_invariants=True, is_coalesced=coalesced)
         if "#tuple" in structure:
             return tuple(unflatten(v, tensors) for v in structure["#tuple"])
         if "#items" in structure:
