@@ -229,6 +229,7 @@ class RecordedStep:
         hyper: its group's hyper-parameters as they stood before the step.
         theta: theta_{s-1}. gradient: g_s as it was fed. displacement: the observed theta_s - theta_{s-1}.
         before, after: its entry in the optimizer's state, before and after the step.
+        dtype: what the optimizer computed in.
     """
 
     name: str
@@ -240,6 +241,7 @@ class RecordedStep:
     displacement: Tensor
     before: Mapping[str, Any]
     after: Mapping[str, Any]
+    dtype: torch.dtype = torch.float64
 
 
 def qualified_name(kind: type) -> str:

@@ -227,6 +227,7 @@ def _split_parameter(rule: UpdateRule, replayed: ReplayedStep, name: str, memory
         displacement=replayed.theta[name].double() - theta,
         before=OptimizerState(name, _in_float64(replayed.before.get(name, {})), "optimizer state before the step"),
         after=OptimizerState(name, _in_float64(replayed.after.get(name, {})), "optimizer state after the step"),
+        dtype=replayed.theta[name].dtype,
     )
     return split_update(rule, recorded, memory)[0]
 

@@ -50,9 +50,9 @@ def loop(tmp_path):
 
 def test_an_optimizer_without_a_rule_names_what_there_is(tmp_path):
     with pytest.raises(errors.RuleNotFoundError) as caught:
-        Loop(tmp_path / "run", torch.optim.Rprop)
+        Loop(tmp_path / "run", torch.optim.LBFGS)
     text = str(caught.value)
-    assert "no registered rule speaks for the optimizer torch.optim.rprop.Rprop" in text
+    assert "no registered rule speaks for the optimizer torch.optim.lbfgs.LBFGS" in text
     assert "torch.optim.adamw.AdamW" in text
     assert "subclass of explaind.UpdateRule" in text
     assert not (tmp_path / "run").exists()

@@ -46,6 +46,37 @@ OPTIONS = {
     },
 }
 OPTIONS[torch.optim.AdamW] = OPTIONS[torch.optim.Adam]
+COMMON = {
+    "lr": st.floats(1e-4, 1.0),
+    "weight_decay": st.sampled_from([0.0, 0.1]),
+    "maximize": st.booleans(),
+    "kernel": st.sampled_from([{}, {"foreach": True}, {"foreach": False}]),
+}
+BETAS = st.tuples(st.sampled_from([0.1, 0.5, 0.98]), st.sampled_from([0.5, 0.9, 0.999]))
+OPTIONS |= {
+    torch.optim.Adagrad: COMMON
+    | {
+        "lr_decay": st.sampled_from([0.0, 0.3]),
+        "initial_accumulator_value": st.sampled_from([0.0, 0.1]),
+        "kernel": st.sampled_from([{}, {"foreach": True}, {"foreach": False}, {"fused": True}]),
+    },
+    torch.optim.Adadelta: COMMON | {"rho": st.sampled_from([0.0, 0.9]), "eps": st.sampled_from([1e-6, 1e-2])},
+    torch.optim.Adamax: COMMON | {"betas": BETAS},
+    torch.optim.NAdam: COMMON
+    | {"betas": BETAS, "momentum_decay": st.sampled_from([4e-3, 0.1]), "decoupled_weight_decay": st.booleans()},
+    torch.optim.RAdam: COMMON | {"betas": BETAS, "decoupled_weight_decay": st.booleans()},
+    torch.optim.RMSprop: COMMON
+    | {
+        "alpha": st.sampled_from([0.5, 0.99]),
+        "eps": st.sampled_from([1e-8, 1e-2]),
+        "centered": st.booleans(),
+        "momentum": st.sampled_from([0.0, 0.9]),
+    },
+    torch.optim.Rprop: {n: v for n, v in COMMON.items() if n != "weight_decay"},
+    torch.optim.ASGD: COMMON | {"lambd": st.sampled_from([1e-4, 0.1]), "t0": st.sampled_from([1e6, 2.0])},
+    torch.optim.Adafactor: COMMON
+    | {"d": st.sampled_from([1.0, 2.0]), "eps": st.sampled_from([(None, 1e-3), (1e-5, 0.5)])},
+}
 SCHEDULED = {"lr": st.floats(1e-4, 1.0), "momentum": st.sampled_from([0.0, 0.9]), "weight_decay": st.floats(0, 0.2)}
 
 
@@ -56,8 +87,8 @@ def trainings(draw, kind):
     if options.get("nesterov") and (options["momentum"] == 0 or options["dampening"] != 0):
         options["nesterov"] = False  # torch refuses these
     schedule = {n: v for n, v in SCHEDULED.items() if n in options}
-    if options.get("nesterov"):
-        schedule.pop("momentum")
+    if options.get("nesterov") or kind is torch.optim.RMSprop:
+        schedule.pop("momentum")  # torch's RMSprop fails by itself where momentum is switched on later
     kinds = ["yes", "yes", "zero", "some zeros"]
     if not (options.get("fused") and kind is torch.optim.SGD):
         kinds.append("none")  # torch's fused SGD fails by itself where a momentum buffer is missing
@@ -127,10 +158,10 @@ def test_single_precision_is_off_by_rounding_only(kind):
             for split in explaind.decompose(train(kind, training, folder, torch.float32)):
                 for name, update in split.updates.items():
                     theta = split.theta_before[name].double() + update.declared
-                    # Some ulp of theta and of the update. Where Adam's v is zero, P = lr / eps blows rounding of
-                    # m up, and updates of 1e7 cancel: hence the size of the tensor, not of the entry.
-                    size = 1 + theta.abs().max() + update.displacement.abs().max()
-                    assert float((theta - split.theta[name].double()).abs().max() / size) < 2e-6
+                    # Where Adam's v is zero, P = lr / eps blows rounding of m up, and updates of 1e7 cancel.
+                    parts = (theta, update.displacement, update.kernel, update.regularization)
+                    size = 1 + sum(float(part.abs().max()) for part in parts)
+                    assert float((theta - split.theta[name].double()).abs().max()) < 2e-6 * size
 
     check()
 
