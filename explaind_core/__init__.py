@@ -5,6 +5,8 @@ The names below are the public API; everything else may change.
 
 from __future__ import annotations
 
+from typing import Any
+
 from explaind_core import errors, operators
 from explaind_core.attribute import attribute, closure_error
 from explaind_core.coefficients import LinearFilter, RecordedStep, StepCoefficients, UpdateRule
@@ -44,3 +46,11 @@ __all__ = [
     "spread_residual",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "testing":  # brings hypothesis along, which only plugin authors need
+        import explaind_core.testing as testing
+
+        return testing
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,7 +31,7 @@ from explaind_core.errors import CoefficientError, RecordingError
 from explaind_core.replay import Replay, ReplayedStep
 from explaind_core.run import Run
 
-__all__ = ["StepDecomposition", "UpdateSplit", "decompose"]
+__all__ = ["ParameterFilter", "StepDecomposition", "UpdateSplit", "decompose", "recorded_step", "split_update"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class StepDecomposition:
     drift: float
 
 
-class _ParameterFilter:
+class ParameterFilter:
     """The three filter states of one parameter, and its clock."""
 
     def __init__(self, name: str, rule: UpdateRule, state: Mapping[str, object], shape: torch.Size) -> None:
@@ -142,7 +142,7 @@ class _Inputs:
 
 
 def split_update(
-    rule: UpdateRule, recorded: RecordedStep, memory: _ParameterFilter
+    rule: UpdateRule, recorded: RecordedStep, memory: ParameterFilter
 ) -> tuple[UpdateSplit, StepCoefficients]:
     """Split one parameter's update by the rule's coefficients, advancing its filter ``memory``."""
     declared = rule.coefficients(recorded)
@@ -201,11 +201,11 @@ def decompose(run: Run, *, first: int = 1, last: int | None = None) -> Iterator[
     rule = replay.rule().rule
     initial = run.optimizer_state(0)
     memories = {
-        name: _ParameterFilter(name, rule, initial.get(name, {}), info.shape) for name, info in run.parameters.items()
+        name: ParameterFilter(name, rule, initial.get(name, {}), info.shape) for name, info in run.parameters.items()
     }
     for replayed in replay.steps(until=last):
         updates = {
-            name: _split_parameter(rule, replayed, name, memories[name])
+            name: split_update(rule, recorded_step(replayed, name, memories[name]), memories[name])[0]
             for name in run.parameters
             if name in replayed.gradients
         }
@@ -213,11 +213,12 @@ def decompose(run: Run, *, first: int = 1, last: int | None = None) -> Iterator[
             yield _with_errors(replayed, updates)
 
 
-def _split_parameter(rule: UpdateRule, replayed: ReplayedStep, name: str, memory: _ParameterFilter) -> UpdateSplit:
+def recorded_step(replayed: ReplayedStep, name: str, memory: ParameterFilter) -> RecordedStep:
+    """What the rule is shown of one parameter's step; its clock ticks."""
     memory.clock += 1
     theta = replayed.theta_before[name].double()
     gradient = replayed.gradients[name]
-    recorded = RecordedStep(
+    return RecordedStep(
         name=name,
         step=replayed.step,
         clock=memory.clock,
@@ -229,7 +230,6 @@ def _split_parameter(rule: UpdateRule, replayed: ReplayedStep, name: str, memory
         after=OptimizerState(name, _in_float64(replayed.after.get(name, {})), "optimizer state after the step"),
         dtype=replayed.theta[name].dtype,
     )
-    return split_update(rule, recorded, memory)[0]
 
 
 def _in_float64(state: Mapping[str, object]) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Small recorded runs to try things on, in examples and in tests."""
+"""For the authors of plugins and tests: the conformance kit, and small recorded runs to try things on."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from explaind_core.conformance import Case, Conformance, ConformanceError, check_update_rule, run_case
 from explaind_core.plugins import Registry
 from explaind_core.recorder import Recorder
 from explaind_core.run import Run, open_run
 
-__all__ = ["record_example"]
+__all__ = ["Case", "Conformance", "ConformanceError", "check_update_rule", "record_example", "run_case"]
 
 
 def record_example(
