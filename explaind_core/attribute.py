@@ -17,7 +17,7 @@ from torch import Tensor
 from explaind_core import trees
 from explaind_core.contract import StepContribution, contribute, term_names
 from explaind_core.errors import QuestionError
-from explaind_core.plan import AXES, Question
+from explaind_core.plan import AXES, Question, readable_size
 from explaind_core.progress import track
 from explaind_core.run import Run
 
@@ -114,8 +114,8 @@ def attribute(
             raise QuestionError(
                 "the result does not fit into the memory budget",
                 where=f"{frame.question.shape(frame.outputs)}",
-                expected=f"at most {question.memory / 2**20:.0f} MiB",
-                got=f"{needed / 2**20:.0f} MiB",
+                expected=f"at most {readable_size(question.memory)}",
+                got=readable_size(needed),
                 remedy="keep fewer axes, ask for fewer test samples or steps, raise memory=, or write it with out=",
             )
         return frame.collect(frame.compute(question.steps, progress=progress))
@@ -314,7 +314,7 @@ def _steps_done(path: Path, identity: str) -> int:
     if not path.exists() or not any(path.iterdir()):
         return 0
     try:
-        attributes = zarr.open_group(path, mode="r").attrs.asdict()
+        attributes: dict[str, Any] = zarr.open_group(path, mode="r").attrs.asdict()
     except (OSError, KeyError, ValueError) as error:
         raise QuestionError(
             f"there is something at out= that is no result: {error}",
@@ -336,7 +336,8 @@ def _steps_done(path: Path, identity: str) -> int:
 def _cut(path: Path, done: int) -> None:
     """Drop what an append that was cut short left behind the first ``done`` steps."""
     for _, array in zarr.open_group(path, mode="r+").arrays():
-        if "step" in array.attrs["_ARRAY_DIMENSIONS"] and len(array) > done:
+        dims: Any = array.attrs["_ARRAY_DIMENSIONS"]
+        if "step" in dims and array.shape[0] > done:
             array.resize((done, *array.shape[1:]))
 
 

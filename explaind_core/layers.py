@@ -76,6 +76,15 @@ def resolve_layers(
 def _masks(name: str, value: Any, parameters: Mapping[str, ParameterInfo]) -> dict[str, Tensor | None]:
     if isinstance(value, str):
         value = [value]
+    if not isinstance(value, Mapping | Sequence) or not all(isinstance(pattern, str) for pattern in value):
+        raise LayerError(
+            f"the layer {name!r} is neither a prefix, a pattern nor slices",
+            where="layers",
+            expected="a string, a list of strings, or a mapping from strings to slices",
+            got=value,
+        )
+    if not value:
+        raise LayerError(f"the layer {name!r} names no parameter", where="layers", got=value)
     if isinstance(value, Mapping):
         return {
             n: _mask(name, n, where, parameters[n].shape)

@@ -6,8 +6,10 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
+import numpy as np
 import torch
 
 from explaind_core.contract import Quadrature, term_names
@@ -35,11 +37,24 @@ def parse_memory(memory: str | int) -> int:
         >>> parse_memory("4GiB")
         4294967296
     """
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", str(memory))
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*", str(memory), re.ASCII)
     unit = _UNITS.get(match.group(2) or "B") if match else None
     if match is None or unit is None:
         raise QuestionError("memory is no amount of memory", expected='bytes, or a string such as "4GiB"', got=memory)
     return int(float(match.group(1)) * unit)
+
+
+def readable_size(size: int) -> str:
+    """Bytes with a unit that fits.
+
+    Example:
+        >>> readable_size(3 * 2**29), readable_size(100)
+        ('1.5 GiB', '100 B')
+    """
+    for unit in ("GiB", "MiB", "KiB"):
+        if size >= _UNITS[unit]:
+            return f"{size / _UNITS[unit]:.1f} {unit}"
+    return f"{size} B"
 
 
 @dataclass(frozen=True)
@@ -151,7 +166,10 @@ def _check_steps(run: Run, steps: Any) -> tuple[int, ...]:
     elif steps is None:
         chosen = list(run.steps)
     else:
-        chosen = [int(s) for s in ([steps] if isinstance(steps, int) else steps)]
+        try:
+            chosen = [index(s) for s in (steps if np.ndim(steps) else [steps])]
+        except TypeError as error:
+            raise QuestionError("steps are not whole numbers", where=where, expected=expected, got=steps) from error
     if not chosen:
         raise QuestionError("no step is asked for", where=where, expected=expected, got=steps)
     for s in chosen:
@@ -186,7 +204,7 @@ class Plan:
         return (
             f"{self.strategy} mode: {self.steps} steps x {self.nodes:g} nodes x {self.tangents} tangents, "
             f"{self.chunks} chunk(s) of test samples; about {self.seconds:.0f} s and "
-            f"{self.result_bytes / 2**20:.0f} MiB for the result"
+            f"{readable_size(self.result_bytes)} for the result"
             + ("" if self.fits else ", MORE than the memory budget")
         )
 

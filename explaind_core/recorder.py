@@ -245,7 +245,7 @@ class Recorder:
                 expected="a 1-d sequence of integers",
                 got=f"{type(ids).__name__}: {error}",
             ) from error
-        if ids.ndim != 1 or ids.dtype.is_floating_point or ids.dtype in (torch.bool, torch.complex64):
+        if ids.ndim != 1 or ids.dtype.is_floating_point or ids.is_complex() or ids.dtype == torch.bool:
             raise RecordingError(
                 "ids must be one integer per sample",
                 where=where,

@@ -60,9 +60,10 @@ def importance(
         >>> float(importance(result, over=["test"]).kernel[0])
         2.0
     """
+    names = _terms(result)
     first, then = _kept(result, accumulate, "accumulate"), _kept(result, over, "over")
     scores = {}
-    for name in _terms(result):
+    for name in names:
         # Summed in float64, whatever the influences are stored in.
         summed = result[name].sum(first, dtype=np.float64) if first else result[name]
         scores[name] = abs(summed).sum(then, dtype=np.float64)
@@ -97,6 +98,7 @@ def relative_regularization(
         return relative.rename("relative_regularization")
     if form != "signed":
         raise QuestionError("there is no such form", where="form", expected="'signed' or 'absolute'", got=form)
+    _terms(result)
     gone = [*_kept(result, accumulate, "accumulate"), *_kept(result, over, "over")]
     difference: xr.DataArray = result.kernel.astype(np.float64) - result.regularization
     return difference.sum(gone).rename("relative_regularization")

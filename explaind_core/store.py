@@ -17,6 +17,7 @@ killed training leaves every finished step readable.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -116,7 +117,8 @@ class RunStore:
             temporary.write_bytes(content)
             temporary.replace(path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise self._write_error(path, error) from error
 
     def _write_error(self, path: Path, error: OSError) -> StoreError:

@@ -127,7 +127,10 @@ class Dense:
 
 
 def dense(run: Run, inputs: Any, nodes: int, output: OutputFunction | None = None) -> Dense:
-    """The oracle: in float64 and in evaluation mode, with buffers as the run left them."""
+    """The oracle: in float64 and in evaluation mode, with buffers as the run left them.
+
+    ``output(call, inputs)`` is what is explained; it may look into ``call.model``.
+    """
     assert run.model is not None
     model = copy.deepcopy(run.model).eval().double().requires_grad_(True)
     inputs = _double(inputs)
@@ -137,11 +140,16 @@ def dense(run: Run, inputs: Any, nodes: int, output: OutputFunction | None = Non
             buffer.copy_(run.buffers()[name])
     terms = ("kernel", "regularization", "prehistory")
 
+    def call(x: Any) -> Any:
+        return forward(model, x)
+
+    call.model = model  # type: ignore[attr-defined]
+
     def evaluate(theta: Mapping[str, Tensor]) -> Tensor:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(theta[name])
-        value = forward(model, inputs) if output is None else output(lambda x: forward(model, x), inputs)
+        value = call(inputs) if output is None else output(call, inputs)
         return value.reshape(len(value), -1)
 
     def jacobian(theta: Mapping[str, Tensor]) -> Tensor:

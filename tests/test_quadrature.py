@@ -1,0 +1,171 @@
+"""Nodes: Gauss-Legendre is exact where it should be, converges, and is spent where it is needed."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import torch
+from attribution_oracles import record
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import explaind_core as explaind
+from explaind_core.contract import Quadrature
+from explaind_core.errors import QuestionError
+from explaind_core.feature_maps import gauss_legendre
+from explaind_core.run import Run
+from explaind_core.testing import record_example
+
+INPUTS = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@lru_cache
+def smooth() -> Run:
+    """A tanh network, and steps so large that one node is not enough."""
+    return record_example(4, make_optimizer=lambda ps: torch.optim.SGD(ps, lr=1.0))
+
+
+def residuals(run: Run, inputs: torch.Tensor = INPUTS, **question) -> np.ndarray:
+    result = explaind.attribute(run, inputs, progress=False, **question)
+    return abs(result.residual).max(["test", "output"]).values
+
+
+@settings(deadline=None, max_examples=25)
+@given(q=st.integers(1, 32), data=st.data())
+def test_polynomials_of_degree_2q_minus_1_are_integrated_exactly(q, data):
+    degree = data.draw(st.integers(0, 2 * q - 1))
+    integral = sum(w * t**degree for t, w in gauss_legendre(q))
+    # Sums of q products in float64; nodes and weights carry a few roundings each.
+    assert integral == pytest.approx(1 / (degree + 1), abs=1e-14)
+
+
+@pytest.mark.parametrize("q", [1, 2, 3])
+def test_a_polynomial_of_the_next_degree_is_not(q):
+    assert abs(sum(w * t ** (2 * q) for t, w in gauss_legendre(q)) - 1 / (2 * q + 1)) > 1e-5
+
+
+def test_nodes_are_inside_and_weights_positive():
+    for q in (1, 2, 5, 32, 128):
+        nodes, weights = zip(*gauss_legendre(q), strict=True)
+        assert 0 < min(nodes) <= max(nodes) < 1
+        assert min(weights) > 0
+        assert len(nodes) == q
+
+
+def test_the_error_falls_geometrically_for_a_smooth_model():
+    errors = [residuals(smooth(), nodes=q).max() for q in range(1, 7)]
+    for fewer, more in zip(errors, errors[1:], strict=False):
+        assert more < fewer / 4
+    assert residuals(smooth(), nodes=32).max() < 1e-14  # down to the rounding of outputs below 10
+
+
+def test_a_linear_model_needs_one_node(tmp_path):
+    """Its Jacobian does not depend on the parameters."""
+    torch.manual_seed(0)
+    run = record(
+        tmp_path / "run", nn.Linear(4, 3).double(), lambda ps: torch.optim.AdamW(ps, lr=0.5),
+        torch.randn(12, 4).double(), torch.randint(3, (12,)),
+    )  # fmt: skip
+    result = explaind.attribute(run, INPUTS, nodes="adaptive", tolerance=1e-13, progress=False)
+    assert result.nodes.values.tolist() == [1] * 4
+    assert float(abs(result.residual).max()) < 1e-14
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-4, 1e-6, 1e-9])
+def test_adaptive_nodes_meet_the_tolerance(tolerance):
+    result = explaind.attribute(smooth(), INPUTS, nodes="adaptive", tolerance=tolerance, progress=False)
+    change = float(abs(result.final - result.initial).max())
+    rounding = 8 * np.finfo(float).eps * max(float(abs(result.initial).max()), float(abs(result.final).max()), 10.0)
+    assert result.converged.all()
+    assert float(abs(result.residual).max()) <= tolerance * change + rounding
+
+
+def test_a_tighter_tolerance_takes_more_nodes():
+    spent = [
+        int(explaind.attribute(smooth(), INPUTS, tolerance=t, progress=False).nodes.sum()) for t in (1e-2, 1e-5, 1e-9)
+    ]
+    assert spent[0] < spent[1] < spent[2]
+
+
+def test_more_nodes_are_spent_where_they_are_needed(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    run = record(
+        tmp_path / "run", model, lambda ps: torch.optim.SGD(ps, lr=1.0), torch.randn(12, 4).double(),
+        torch.randint(3, (12,)), steps=6, rates=(1e-3, 1e-3, 2.0, 2.0, 1e-3, 1e-3),
+    )  # fmt: skip
+    nodes = explaind.attribute(run, INPUTS, tolerance=1e-6, progress=False).nodes.values
+    assert min(nodes[2:4]) > max(nodes[0], nodes[1], nodes[5])
+
+
+def test_what_was_evaluated_is_counted_with_its_refinements():
+    result = explaind.attribute(smooth(), INPUTS, steps=1, tolerance=1e-9, progress=False)
+    reached = int(result.nodes[0])
+    climbed = [q for q in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if q <= reached]
+    assert len(climbed) > 2
+    assert int(result.evaluations[0]) == sum(climbed)
+
+
+def kinked(path) -> Run:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3)).double()
+    return record(
+        path, model, lambda ps: torch.optim.SGD(ps, lr=3.0), torch.randn(12, 4).double(), torch.randint(3, (12,)),
+        steps=3,
+    )  # fmt: skip
+
+
+def test_steps_that_miss_the_tolerance_are_marked_and_still_close(tmp_path):
+    run = kinked(tmp_path / "run")
+    result = explaind.attribute(run, INPUTS, tolerance=1e-9, max_nodes=2, progress=False)
+    assert not result.converged.all()
+    assert result.nodes.max() <= 2
+    assert explaind.closure_error(result) <= 1e-12
+    summed = explaind.attribute(run, INPUTS, tolerance=1e-9, max_nodes=2, keep=("layer",), progress=False)
+    assert summed.attrs["steps_not_converged"] == int((~result.converged).sum())
+
+
+def test_a_step_that_misses_the_tolerance_keeps_the_best_order_tried(tmp_path):
+    run = kinked(tmp_path / "run")
+    fixed = [residuals(run, nodes=q) for q in (1, 2, 3, 4)]
+    adaptive = explaind.attribute(run, INPUTS, tolerance=1e-12, max_nodes=4, steps=1, progress=False)
+    best = int(np.argmin([error[0] for error in fixed]))
+    assert int(adaptive.nodes[0]) == best + 1
+    assert float(abs(adaptive.residual).max()) == pytest.approx(fixed[best][0], rel=1e-12)
+
+
+def test_a_fixed_number_of_nodes_makes_no_promise_and_counts_as_converged(tmp_path):
+    result = explaind.attribute(kinked(tmp_path / "run"), INPUTS, nodes=1, progress=False)
+    assert result.converged.all()
+    assert result.nodes.values.tolist() == result.evaluations.values.tolist() == [1, 1, 1]
+    assert np.isnan(result.attrs["tolerance"])
+
+
+@pytest.mark.parametrize("nodes", [0, -1, 1.5, True, "many", None])
+def test_a_number_of_nodes_is_a_positive_integer_or_adaptive(nodes):
+    with pytest.raises(QuestionError, match="nodes is not a number of nodes") as error:
+        Quadrature(nodes)
+    assert error.value.expected == "'adaptive' or an integer >= 1"
+
+
+@pytest.mark.parametrize("tolerance", [0, -1e-3, float("nan")])
+def test_a_tolerance_is_positive(tolerance):
+    with pytest.raises(QuestionError, match="the tolerance is not positive"):
+        Quadrature(tolerance=tolerance)
+
+
+def test_max_nodes_is_positive():
+    with pytest.raises(QuestionError, match="max_nodes is not positive"):
+        Quadrature(most=0)
+
+
+@pytest.mark.parametrize("most", [1, 5, 32, 500])
+def test_the_ladder_of_orders_ends_at_max_nodes(most):
+    ladder = Quadrature(most=most).ladder
+    assert ladder[0] == 1
+    assert ladder[-1] <= most
+    assert list(ladder) == sorted(set(ladder))
+    assert Quadrature(7).ladder == (7,)
