@@ -117,7 +117,7 @@ class Sine(torch.autograd.Function):
         return x.sin()
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx, inputs, output):  # noqa: ARG004 (torch's signature)
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
 

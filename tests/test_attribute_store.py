@@ -125,7 +125,7 @@ def test_a_first_block_that_was_cut_short_is_written_again(tmp_path, blocks_of_t
         write(self[["kernel", "initial"]], path, **options | {"encoding": {}})
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
         patch.setattr(xr.Dataset, "to_zarr", torn)
         ask(tmp_path / "result.zarr")
     xr.testing.assert_identical(ask(tmp_path / "result.zarr").load(), whole)

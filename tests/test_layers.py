@@ -10,9 +10,13 @@ from explaind_core.layers import resolve_layers
 from explaind_core.run import ParameterInfo
 
 SHAPES = {
-    "scale": (), "encoder.0.weight": (3, 2), "encoder.0.bias": (3,), "encoder.1.weight": (3, 3), "encoder2.weight": (2, 2),
+    "scale": (),
+    "encoder.0.weight": (3, 2),
+    "encoder.0.bias": (3,),
+    "encoder.1.weight": (3, 3),
+    "encoder2.weight": (2, 2),
     "head.weight": (4, 3),
-}  # fmt: skip
+}
 PARAMETERS = {n: ParameterInfo(torch.Size(shape), torch.float32, True) for n, shape in SHAPES.items()}
 
 

@@ -169,16 +169,24 @@ REFUSED = {
     "a tuple": (lambda call, inputs: (call(inputs),), "the output is not a tensor", None, "tuple"),
     "a mean": (lambda call, inputs: call(inputs).mean(), "the output does not have one row per sample", "[3, ...]", ()),
     "too many rows": (
-        lambda call, inputs: call(inputs).repeat(2, 1), "the output does not have one row per sample", "[3, ...]", (6, 3)
+        lambda call, inputs: call(inputs).repeat(2, 1),
+        "the output does not have one row per sample",
+        "[3, ...]",
+        (6, 3),
     ),
     "a class": (
-        lambda call, inputs: call(inputs).argmax(1), "the output has no derivative", "a floating-point dtype", torch.int64
+        lambda call, inputs: call(inputs).argmax(1),
+        "the output has no derivative",
+        "a floating-point dtype",
+        torch.int64,
     ),
     "loss of several numbers": (
-        Loss(TARGETS, lambda output, target: output), "the loss does not return one number per sample",
-        "a 0-d tensor, or shape (3,)", (3, 3),
+        Loss(TARGETS, lambda output, _target: output),
+        "the loss does not return one number per sample",
+        "a 0-d tensor, or shape (3,)",
+        (3, 3),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import lru_cache
 
 import numpy as np
@@ -57,7 +58,7 @@ def test_nodes_are_inside_and_weights_positive():
 
 def test_the_error_falls_geometrically_for_a_smooth_model():
     errors = [residuals(smooth(), nodes=q).max() for q in range(1, 7)]
-    for fewer, more in zip(errors, errors[1:], strict=False):
+    for fewer, more in itertools.pairwise(errors):
         assert more < fewer / 4
     assert residuals(smooth(), nodes=32).max() < 1e-14  # down to the rounding of outputs below 10
 

@@ -23,7 +23,9 @@ INPUTS = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manu
 @lru_cache
 def result(*keep: str, nodes: int = 1) -> xr.Dataset:
     run = record_example(4, make_optimizer=lambda ps: torch.optim.AdamW(ps, lr=0.3, weight_decay=0.3))
-    return explaind.attribute(run, INPUTS, keep=keep or ("step", "layer", "test", "output"), nodes=nodes, progress=False)
+    return explaind.attribute(
+        run, INPUTS, keep=keep or ("step", "layer", "test", "output"), nodes=nodes, progress=False
+    )
 
 
 def test_importance_sums_absolute_values_of_what_was_accumulated():

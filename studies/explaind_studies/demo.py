@@ -139,6 +139,7 @@ def demo(folder: Path, setting: Setting, *, progress: bool = True, console: Cons
     folder.mkdir(parents=True, exist_ok=True)
     task = modular_addition(setting.p, setting.train, setting.test, seed=setting.seed)
     run_path = folder / "run"
+    _check_folder(folder, run_path, task)
     closed = (run_path / "closed.json").exists()
     model = ModularTransformer(task.vocabulary) if closed else train(setting, run_path, progress=progress)
     run = explaind.open_run(run_path, model=model)
@@ -177,6 +178,21 @@ def demo(folder: Path, setting: Setting, *, progress: bool = True, console: Cons
     return DemoResult(run, result, scores, check, closure, figure, holds)
 
 
+def _check_folder(folder: Path, run: Path, task: ModularAddition) -> None:
+    """Refuse a folder whose run was trained on other data: taking it up would explain the wrong samples."""
+    if not (run / "manifest.json").exists():
+        return
+    found = explaind.open_run(run)
+    if len(found.steps) and not torch.equal(found.batch(1).inputs, task.train_inputs):
+        raise explaind.errors.StoreError(
+            "the folder holds a demo of other data",
+            where=folder,
+            expected=f"{len(task.train_inputs)} training samples modulo {task.p}, as drawn with this seed",
+            got=f"{len(found.batch(1).inputs)} other training samples",
+            remedy="name another folder with --out, or delete this one",
+        )
+
+
 def _decompose(
     run: explaind.Run, inputs: Tensor, setting: Setting, folder: Path, *, progress: bool
 ) -> tuple[xr.Dataset | None, xr.Dataset, float]:
@@ -186,7 +202,8 @@ def _decompose(
     closures = []
     for index, piece in enumerate(pieces):  # a block of test samples each
         path = folder / ("result.zarr" if len(pieces) == 1 else f"piece_{index:03d}.zarr")
-        kept = folder / f"piece_{index:03d}_scores.zarr"
+        # Pieces are taken up by name, so the name says what their numbers depend on.
+        kept = folder / f"piece_{index:03d}_of_{setting.samples_at_once}_within_{setting.tolerance:g}_scores.zarr"
         if len(pieces) > 1 and kept.exists():
             scores = xr.open_zarr(kept, consolidated=False, chunks=None).load()
         else:
