@@ -201,9 +201,11 @@ def _decompose(
     total: xr.Dataset | None = None
     closures = []
     for index, piece in enumerate(pieces):  # a block of test samples each
-        path = folder / ("result.zarr" if len(pieces) == 1 else f"piece_{index:03d}.zarr")
+        start = index * setting.samples_at_once
         # Pieces are taken up by name, so the name says what their numbers depend on.
-        kept = folder / f"piece_{index:03d}_of_{setting.samples_at_once}_within_{setting.tolerance:g}_scores.zarr"
+        name = f"piece_{start:04d}_{start + len(piece):04d}_within_{setting.tolerance:g}"
+        path = folder / ("result.zarr" if len(pieces) == 1 else f"{name}.zarr")
+        kept = folder / f"{name}_scores.zarr"
         if len(pieces) > 1 and kept.exists():
             scores = xr.open_zarr(kept, consolidated=False, chunks=None).load()
         else:
