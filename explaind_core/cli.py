@@ -6,6 +6,7 @@ Exit status 0 means that the check a command names holds; 1 that it does not; 2 
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,6 +85,13 @@ def attribute(
     import explaind_core as explaind
 
     axes = tuple(axis for axis in keep.split(",") if axis)
+    if "step" not in axes and out.exists():
+        raise QuestionError(
+            "there is something at --out already",
+            where=out,
+            expected="a new path, for a result without the step axis is written in one go",
+            remedy="choose another path, or delete it",
+        )
     opened = explaind.open_run(run, model=_model(model))
     result = explaind.attribute(
         opened,
@@ -96,7 +104,7 @@ def attribute(
     )
     if "step" not in axes:
         result.to_zarr(out, mode="w-", zarr_format=2, consolidated=False)
-    closure = explaind.closure_error(result) / float(abs(result.final).max())
+    closure = explaind.closure_error(result) / (float(abs(result.final).max()) or 1.0)
     console.print(result)
     console.print(f"closure error {closure:.1e} of the largest output; wrote {out}")
     raise typer.Exit(0 if closure <= 1e-4 else 1)
@@ -119,9 +127,11 @@ def optimizers() -> None:
 
 def _model(name: str) -> nn.Module:
     module, _, attribute = name.partition(":")
+    if "" not in sys.path:  # an installed command does not look into the current folder by itself
+        sys.path.insert(0, "")
     try:
         built = getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise QuestionError(
             f"the model cannot be built: {error}", where="--model", expected="MODULE:CALLABLE", got=name
         ) from error

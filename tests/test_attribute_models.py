@@ -224,8 +224,9 @@ def test_a_frozen_layer_contributes_nothing(tmp_path):
 def test_buffers_are_held_at_their_last_values_and_dropout_is_off(tmp_path):
     run, inputs = trained(tmp_path / "run", normalised, numbers(4))
     assert not torch.equal(run.buffers(0)["1.running_mean"], run.buffers(3)["1.running_mean"])
-    result = explaind.attribute(run, inputs, nodes=1, progress=False)
     model = normalised().double().eval()
+    fresh = explaind.open_run(run.path, model=model)  # whose own buffers are those of an untrained model
+    result = explaind.attribute(fresh, inputs, nodes=1, progress=False)
     for step, kept in ((0, result.initial), (3, result.final)):
         model.load_state_dict({**run.theta(step), **run.buffers(3)})
         np.testing.assert_allclose(kept, model(inputs).detach(), rtol=0, atol=1e-14)

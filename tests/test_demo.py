@@ -18,7 +18,8 @@ from rich.console import Console
 import explaind_core as explaind
 from explaind_core.errors import ExplaindError
 
-TINY = Setting(p=7, train=20, test=8, seed=0, explained=8, most_steps=6, samples_at_once=8)
+#: A tolerance that one node a step always meets: quick, and the same nodes however the samples are cut into pieces.
+TINY = Setting(p=7, train=20, test=8, seed=0, explained=8, most_steps=6, samples_at_once=8, tolerance=10.0)
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +127,9 @@ def test_samples_in_several_pieces_have_the_scores_of_one_piece(finished, copied
     stored = [xr.open_zarr(path, consolidated=False) for path in copied.glob("piece*")]
     assert not any("residual" in piece for piece in stored)  # only scores stay on disk
     for name, score in pieces.scores.items():
-        # Each piece chooses its own nodes, to 2.5e-4 of the change; scores are sums of 72 such numbers.
+        # float32 influences, which matrix products of other sizes round differently; sums of 72 of them, signs and all.
         largest = float(abs(finished[1].scores[name]).max())
-        np.testing.assert_allclose(score, finished[1].scores[name], rtol=0, atol=2e-3 * largest, err_msg=name)
+        np.testing.assert_allclose(score, finished[1].scores[name], rtol=0, atol=1e-5 * largest, err_msg=name)
 
 
 def test_interrupted_pieces_are_taken_up(copied, monkeypatch):
@@ -155,10 +156,10 @@ def test_interrupted_pieces_are_taken_up(copied, monkeypatch):
     xr.testing.assert_identical(resumed.scores, whole.scores)
 
 
-@pytest.mark.parametrize("other", [{"tolerance": 1e-1}, {"explained": 7}])
+@pytest.mark.parametrize("other", [{"tolerance": 0.2}, {"explained": 7}])
 def test_pieces_of_another_setting_are_not_taken_up(copied, other):
     quiet = {"progress": False, "console": Console(file=StringIO())}
-    setting = replace(TINY, samples_at_once=4, tolerance=1e-4)
+    setting = replace(TINY, samples_at_once=4)
     demo(copied, replace(setting, **other), **quiet)
     mixed = demo(copied, setting, **quiet)
     for path in copied.glob("piece*"):

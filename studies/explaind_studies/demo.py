@@ -214,7 +214,10 @@ def _decompose(
             )
             scores = _scores(decomposed)
             if len(pieces) > 1:
-                scores.to_zarr(kept, mode="w", zarr_format=2, consolidated=False)
+                # Renamed when it is whole: what a kill cuts short must not be taken up.
+                unfinished = folder / f"{name}_unfinished.zarr"
+                scores.to_zarr(unfinished, mode="w", zarr_format=2, consolidated=False)
+                unfinished.rename(kept)
                 shutil.rmtree(path)
         closures.append(scores.attrs["closure"])
         total = scores if total is None else (total + scores).assign_attrs(scores.attrs)

@@ -1,0 +1,257 @@
+"""The command line: what it prints, writes and returns."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from attribution_oracles import record
+from explaind_studies import demo as study
+from safetensors.torch import save_file
+from torch import nn
+
+import explaind_core as explaind
+from explaind_core import cli
+from explaind_core.testing import record_example
+
+MODEL = """
+import torch
+from torch import nn
+
+def build():
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 3), nn.Linear(2, 3)
+
+    def forward(self, left, right):
+        return self.a(left) * self.b(right)
+
+number = 7
+def wrong():
+    return number
+"""
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Run the command line in a folder with a run, its inputs and a module that builds its model."""
+    (tmp_path / "tiny_architecture.py").write_text(MODEL)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])  # as for an installed command
+    monkeypatch.chdir(tmp_path)
+    example = record_example(3)
+    (tmp_path / "run").symlink_to(example.path)
+    save_file({"inputs": torch.randn(2, 4, dtype=torch.float64)}, tmp_path / "inputs.safetensors")
+    monkeypatch.setattr(cli.console, "width", 200)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["explaind", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        text = capsys.readouterr()
+        return exit_.value.code, text.out, text.err
+
+    call.run = example
+    yield call
+    sys.modules.pop("tiny_architecture", None)
+
+
+QUESTION = ("--model", "tiny_architecture:build", "--inputs", "inputs.safetensors")
+
+
+def test_optimizers_lists_what_is_registered_and_from_where():
+    """From outside, once: the installed command."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from explaind_core.cli import main; main()", "optimizers"],
+        capture_output=True, text=True, timeout=120, env={"COLUMNS": "200", "PATH": ""}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for word in ("torch.optim.sgd.SGD", "torch.optim.adam.Adam", "explaind_optimizers.adam.AdamWRule", "explaind-core"):
+        assert word in done.stdout
+
+
+def test_verify_succeeds_where_the_prediction_is_rebuilt(command):
+    status, out, _ = command("verify", "run", *QUESTION)
+    assert status == 0
+    assert "EPK accuracy (agreement)" in out
+    assert "2.00 (2)" in out
+
+
+def test_verify_takes_adaptive_nodes(command):
+    status, out, _ = command("verify", "run", *QUESTION, "--nodes", "adaptive", "--tolerance", "1e-6")
+    assert status == 0
+    assert "(adaptive)" in out
+
+
+def test_verify_fails_where_an_update_error_exceeds_its_bound(command):
+    assert command("verify", "run", *QUESTION, "--max-update-error", "0")[0] == 1
+
+
+def test_verify_fails_where_a_decision_differs(command, monkeypatch):
+    """One node, and steps so large that it rebuilds another class."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    inputs = torch.randn(40, 4, dtype=torch.float64)
+    record("wild", model, lambda ps: torch.optim.SGD(ps, lr=20.0), inputs, torch.randint(3, (40,)), steps=5)
+    save_file({"inputs": inputs}, "inputs.safetensors")
+    status, out, _ = command("verify", "wild", *QUESTION, "--nodes", "1")
+    assert status == 1
+    assert "1.0000" not in out
+
+
+def test_inputs_with_other_names_are_keywords(command, monkeypatch):
+    monkeypatch.syspath_prepend(".")
+    import tiny_architecture
+
+    left, right, targets = torch.randn(12, 2), torch.randn(12, 2), torch.randint(3, (12,))
+    record(
+        "named", tiny_architecture.Named(), lambda ps: torch.optim.SGD(ps, lr=0.01),
+        {"left": left, "right": right}, targets,
+    )  # fmt: skip
+    save_file({"left": left[:2], "right": right[:2]}, "pair.safetensors")
+    question = ("--model", "tiny_architecture:Named", "--inputs", "pair.safetensors")
+    assert command("verify", "named", *question)[0] == 0
+
+
+@pytest.mark.parametrize("keep", ["step,layer,test,output", "layer,output", "step"])
+def test_attribute_writes_the_result(command, keep):
+    status, out, _ = command("attribute", "run", *QUESTION, "--out", "result.zarr", "--keep", keep, "--nodes", "2")
+    assert status == 0
+    assert "wrote result.zarr" in out
+    from safetensors.torch import load_file
+
+    inputs = load_file("inputs.safetensors")["inputs"]
+    wanted = explaind.attribute(command.run, inputs, keep=tuple(keep.split(",")), nodes=2, progress=False)
+    written = xr.open_zarr("result.zarr", consolidated=False)
+    for name in wanted:
+        np.testing.assert_array_equal(written[name], wanted[name])
+
+
+def test_attribute_takes_layers(command):
+    status, _, _ = command("attribute", "run", *QUESTION, "--out", "result.zarr", "--layers", "2,0.bias")
+    assert status == 0
+    assert xr.open_zarr("result.zarr", consolidated=False).layer.values.tolist() == ["2", "0.bias"]
+
+
+def test_attribute_takes_up_its_own_result_and_refuses_that_of_another_question(command):
+    assert command("attribute", "run", *QUESTION, "--out", "result.zarr")[0] == 0
+    assert command("attribute", "run", *QUESTION, "--out", "result.zarr")[0] == 0
+    status, _, err = command("attribute", "run", *QUESTION, "--out", "result.zarr", "--layers", "0")
+    assert status == 2
+    assert "out= holds the result of another question" in err
+
+
+def test_attribute_overwrites_nothing(command):
+    """Without the step axis there is nothing to take up."""
+    arguments = ("attribute", "run", *QUESTION, "--out", "result.zarr", "--keep", "layer")
+    assert command(*arguments)[0] == 0
+    status, _, err = command(*arguments)
+    assert status == 2
+    assert err.startswith("error: there is something at --out already")
+
+
+def test_an_output_of_zeros_closes(command):
+    """A ratio to the largest output would divide 0 by 0."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    for parameter in model[2].parameters():
+        nn.init.zeros_(parameter)
+        parameter.requires_grad_(False)
+    record("flat", model, lambda ps: torch.optim.SGD(ps, lr=0.1), torch.randn(8, 4).double(), torch.randint(3, (8,)))
+    assert command("attribute", "flat", *QUESTION, "--out", "result.zarr")[0] == 0
+
+
+def test_attribute_fails_where_the_result_does_not_close(command, monkeypatch):
+    monkeypatch.setattr(explaind, "closure_error", lambda _: 1.0)
+    status, out, _ = command("attribute", "run", *QUESTION, "--out", "result.zarr")
+    assert status == 1
+    assert "closure error" in out
+
+
+WRONG = {
+    "no run": (("verify", "nowhere", *QUESTION), "this is not a recorded run"),
+    "no module": (
+        ("verify", "run", "--model", "nothing_like_this:build", "--inputs", "inputs.safetensors"),
+        "the model cannot be built: No module named 'nothing_like_this'",
+    ),
+    "no callable": (
+        ("verify", "run", "--model", "tiny_architecture:missing", "--inputs", "inputs.safetensors"),
+        "the model cannot be built",
+    ),
+    "no colon": (
+        ("verify", "run", "--model", "tiny_architecture", "--inputs", "inputs.safetensors"),
+        "the model cannot be built",
+    ),
+    "not callable": (
+        ("verify", "run", "--model", "tiny_architecture:number", "--inputs", "inputs.safetensors"),
+        "the model cannot be built",
+    ),
+    "no model": (
+        ("verify", "run", "--model", "tiny_architecture:wrong", "--inputs", "inputs.safetensors"), "that is no model",
+    ),
+    "no inputs": (
+        ("verify", "run", "--model", "tiny_architecture:build", "--inputs", "missing.safetensors"),
+        "the inputs cannot be read",
+    ),
+    "other inputs": (
+        ("verify", "run", "--model", "tiny_architecture:build", "--inputs", "tiny_architecture.py"),
+        "the inputs cannot be read",
+    ),
+    "nodes": (("verify", "run", *QUESTION, "--nodes", "many"), "nodes is not a number of nodes"),
+    "axis": (("attribute", "run", *QUESTION, "--out", "r", "--keep", "steps"), "there is no axis 'steps'"),
+    "layer": (("attribute", "run", *QUESTION, "--out", "r", "--layers", "x"), "the layer 'x' matches no parameter"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_call_says_what_is_wrong_without_a_traceback(command, name):
+    arguments, what = WRONG[name]
+    status, _, err = command(*arguments)
+    assert status == 2
+    assert err.startswith(f"error: {what}")
+    assert "Traceback" not in err
+
+
+def test_a_missing_option_is_named(command):
+    status, _, err = command("verify", "run")
+    assert status == 2
+    assert "--model" in err
+
+
+def test_without_a_command_there_is_help(command):
+    _, out, err = command()
+    for name in ("demo", "verify", "attribute", "optimizers"):
+        assert name in out + err
+
+
+@pytest.mark.parametrize(
+    ("flags", "folder", "changed"),
+    [
+        ((), "runs/demo", {}),
+        (("--quick",), "runs/quick", {"p": 67}),
+        (("--paper",), "runs/demo", {"explained": 2000}),
+        (("--seed", "3", "--out", "here"), "here", {"seed": 3}),
+    ],
+)
+@pytest.mark.parametrize("holds", [True, False])
+def test_demo_chooses_its_setting_and_returns_whether_its_checks_hold(
+    command, monkeypatch, flags, folder, changed, holds
+):
+    seen = []
+
+    def demo(path, setting, *, console):
+        seen.append((str(path), setting))
+        return type("Result", (), {"holds": holds})
+
+    monkeypatch.setattr(study, "demo", demo)
+    assert command("demo", *flags)[0] == (0 if holds else 1)
+    path, setting = seen[0]
+    assert path == folder
+    base = study.QUICK if "--quick" in flags else study.PAPER
+    assert {n: getattr(setting, n) for n in changed} == changed
+    assert [n for n in vars(base) if getattr(base, n) != getattr(setting, n) and n not in changed] in ([], ["suffix"])
