@@ -156,7 +156,7 @@ def test_interrupted_pieces_are_taken_up(copied, monkeypatch):
     xr.testing.assert_identical(resumed.scores, whole.scores)
 
 
-@pytest.mark.parametrize("other", [{"tolerance": 0.2}, {"explained": 7}])
+@pytest.mark.parametrize("other", [{"tolerance": 3e-3}, {"explained": 7}])
 def test_pieces_of_another_setting_are_not_taken_up(copied, other):
     quiet = {"progress": False, "console": Console(file=StringIO())}
     setting = replace(TINY, samples_at_once=4)
