@@ -132,14 +132,13 @@ class _Frame:
         self.final = function.values(run.theta(question.steps[-1]))
         self.outputs = self.initial.shape[1]
         self.terms = term_names(run)
-        # The positions of the kept axes in an array [layer, test, output] of one step.
         self.dims = question.keep
         self.plain_dims = tuple(axis for axis in question.keep if axis != "layer")
         self.edge_dims = tuple(axis for axis in self.plain_dims if axis != "step")
         self.dtype = np.dtype("float32") if question.value_bytes == 4 else np.dtype("float64")
 
     # ------------------------------------------------------------------ computing
-    def compute(self, steps: Sequence[int], *, progress: bool) -> Iterator[tuple[StepContribution, Tensor | None]]:
+    def compute(self, steps: Sequence[int], *, progress: bool) -> Iterator[tuple[StepContribution, Tensor]]:
         """Step contributions with what was omitted at and before each."""
         question = self.question
         contributions = contribute(
@@ -164,7 +163,7 @@ class _Frame:
             last = part.after
             yield part, omitted
 
-    def collect(self, parts: Iterator[tuple[StepContribution, Tensor | None]]) -> xr.Dataset:
+    def collect(self, parts: Iterator[tuple[StepContribution, Tensor]]) -> xr.Dataset:
         """One Dataset of some steps; sums over axes that are not kept are taken step by step, in float64."""
         rows: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in (*self.terms, "residual", "omitted")}
         steps, nodes, evaluations, converged, errors = [], [], [], [], []
@@ -176,10 +175,9 @@ class _Frame:
             exact = {name: self._reduce(part.terms[name].sum(0), AXES[2:]) for name in self.terms}
             residual = self._reduce(part.residual, AXES[2:])
             for name, value in stored.items():
-                plain = (
-                    value.astype(np.float64).sum(self._layer_axis) if "layer" in self.dims else value.astype(np.float64)
-                )
-                residual = residual + (exact[name] - plain)
+                plain = value.astype(np.float64)
+                # In one step's array, layer always comes first.
+                residual = residual + (exact[name] - (plain.sum(0) if "layer" in self.dims else plain))
                 rows[name].append(value)
             rows["residual"].append(residual)
             rows["omitted"].append(self._reduce(omitted, AXES[2:]))
@@ -209,13 +207,8 @@ class _Frame:
             }
         return xr.Dataset(variables, coords=self.coordinates(steps), attrs=attributes)
 
-    @property
-    def _layer_axis(self) -> int:
-        return 0  # of one step's array: layer always comes first there
-
-    def _reduce(self, values: Tensor | None, axes: Sequence[str]) -> np.ndarray[Any, Any]:
+    def _reduce(self, values: Tensor, axes: Sequence[str]) -> np.ndarray[Any, Any]:
         """Sum over the axes that are not kept. The one place where a torch tensor becomes numpy."""
-        assert values is not None
         gone = tuple(index for index, axis in enumerate(axes) if axis not in self.dims)
         result: np.ndarray[Any, Any] = (values.sum(gone) if gone else values).numpy()
         return result
@@ -355,10 +348,14 @@ def closure_error(result: xr.Dataset) -> float:
         >>> closure_error(result) < 1e-12
         True
     """
-    total = result["initial"].astype(np.float64)
-    for name in (*TERMS, "residual", "omitted"):
+    return float(np.abs(summed(result, (*TERMS, "residual", "omitted")) - result["final"]).max())
+
+
+def summed(result: xr.Dataset, names: Sequence[str]) -> xr.DataArray:
+    """``initial`` plus the sums of those of ``names`` that the result holds, in float64, over (test, output)."""
+    total: xr.DataArray = result["initial"].astype(np.float64)
+    for name in names:
         if name in result:
-            term = result[name]
-            gone = [d for d in term.dims if d not in total.dims]
-            total = total + term.sum(gone, dtype=np.float64)
-    return float(np.abs(total - result["final"]).max())
+            gone = [d for d in result[name].dims if d not in total.dims]
+            total = total + result[name].sum(gone, dtype=np.float64)
+    return total

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from explaind_core.attribute import TERMS, attribute
+from explaind_core.attribute import TERMS, attribute, summed
 from explaind_core.run import Run
 
 __all__ = ["Verification", "agreement", "kl_divergence", "verify"]
@@ -139,11 +139,7 @@ def verify(
 
 def from_result(run: Run, result: xr.Dataset) -> Verification:
     """The verification that a result over (step, test, output), of all steps and layers, contains."""
-    total = result.initial.astype(np.float64)
-    for name in TERMS:
-        if name in result:
-            total = total + result[name].sum([d for d in result[name].dims if d not in total.dims], dtype=np.float64)
-    rebuilt, reference = torch.from_numpy(total.values), torch.from_numpy(result.final.values)
+    rebuilt, reference = torch.from_numpy(summed(result, TERMS).values), torch.from_numpy(result.final.values)
     error = (rebuilt - reference).abs()
     steps = result.sizes["step"]
     return Verification(
