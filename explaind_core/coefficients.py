@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from explaind_core.errors import CoefficientError, UnsupportedOptionError
-from explaind_core.operators import LinearOperator, Scalar, as_operator
+from explaind_core.operators import LinearOperator, Scalar, as_operator, is_symbolic
 
 __all__ = ["LinearFilter", "OptimizerState", "RecordedStep", "StepCoefficients", "UpdateRule", "qualified_name"]
 
@@ -36,7 +36,7 @@ def _times(coefficient: Coefficient, x: Tensor) -> Tensor:
 
 
 def _is_zero(coefficient: Coefficient) -> bool:
-    return not isinstance(coefficient, LinearOperator) and coefficient == 0
+    return isinstance(coefficient, float) and coefficient == 0
 
 
 def _combine(terms: Iterator[tuple[Coefficient, Tensor]], like: Tensor) -> Tensor:
@@ -137,17 +137,21 @@ class LinearFilter:
 
 
 def _checked(coefficient: Any) -> Coefficient:
-    if isinstance(coefficient, LinearOperator):
-        return coefficient
+    if isinstance(coefficient, LinearOperator) or is_symbolic(coefficient):
+        return coefficient  # type: ignore[no-any-return]
     try:
         number = float(coefficient)
     except (TypeError, ValueError, RuntimeError):
         raise CoefficientError(
             "a filter coefficient is neither a number nor an operator", got=type(coefficient).__name__
         ) from None
-    if not math.isfinite(number):
+    if not _is_finite(number):
         raise CoefficientError("a filter coefficient is not finite", got=number)
     return number
+
+
+def _is_finite(number: float) -> bool:
+    return is_symbolic(number) or math.isfinite(number)
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ class StepCoefficients:
     def __post_init__(self) -> None:
         for name in ("preconditioner", "gradient_operator", "coupled_decay", "decoupled_decay"):
             operator = as_operator(getattr(self, name), name)
-            if isinstance(operator, Scalar) and not math.isfinite(operator.factor):
+            if isinstance(operator, Scalar) and not _is_finite(operator.factor):
                 raise CoefficientError(f"{name} is not finite", got=operator.factor)
             object.__setattr__(self, name, operator)
 
@@ -226,10 +230,18 @@ class RecordedStep:
     Attributes:
         name: the parameter's name. step: s, counted from 1. clock: t, this PARAMETER's own steps so far, this
             one included (a parameter without gradient does not tick).
-        hyper: its group's hyper-parameters as they stood before the step.
-        theta: theta_{s-1}. gradient: g_s as it was fed. displacement: the observed theta_s - theta_{s-1}.
+        hyper: its group's hyper-parameters as they stood before the step. hyper_after: after it; some optimizers
+            keep counters and estimates of their own there.
+        theta: theta_{s-1}, where the gradient was taken. gradient: g_s as it was fed. displacement: the observed
+            theta_s - theta_{s-1}.
         before, after: its entry in the optimizer's state, before and after the step.
         dtype: what the optimizer computed in.
+        mask: for a sparse gradient, 1 where it stores a value (an explicit zero too) and 0 elsewhere; None for a
+            dense one.
+        point: ``"gradient"``: theta is where gradients are taken. ``"evaluated"``: the displacement is that of the
+            point where the model is evaluated (see :meth:`UpdateRule.evaluated`); decay still acts on ``theta``.
+
+    For a rule with ``flat`` set, all tensors are vectors over all trained parameters, one behind the other.
     """
 
     name: str
@@ -242,6 +254,9 @@ class RecordedStep:
     before: Mapping[str, Any]
     after: Mapping[str, Any]
     dtype: torch.dtype = torch.float64
+    hyper_after: Mapping[str, Any] = field(default_factory=dict)
+    mask: Tensor | None = None
+    point: str = "gradient"
 
 
 def qualified_name(kind: type) -> str:
@@ -263,6 +278,14 @@ class UpdateRule(ABC):
         fixed: hyper-parameters that it models at the listed values only.
         filter_states: the optimizer-state entries that hold the filter's states m, in order. Needed for
             runs whose recording starts with a non-empty state.
+        proved_for: option -> values that :func:`explaind_core.symbolic.prove` goes through, in every combination. ``...``
+            stands for any positive number, ``(..., ...)`` for a pair of them, a list for one value a step. An option
+            that is not listed is any positive number.
+        no_closed_form: why there is no recursion to prove the coefficients against, where there is none.
+        flat: the optimizer treats all its tensors as one vector: ``coefficients`` is called once a step, with
+            vectors over all of them.
+        evaluates_elsewhere: the model is evaluated at another point than its gradients are taken at (see
+            :meth:`evaluated`), and the optimizer moves the parameters there and back between steps.
 
     Example:
         >>> class PlainDescent(UpdateRule):
@@ -276,10 +299,55 @@ class UpdateRule(ABC):
     options: ClassVar[frozenset[str]] = frozenset()
     fixed: ClassVar[Mapping[str, tuple[object, ...]]] = {}
     filter_states: ClassVar[tuple[str, ...]] = ()
+    proved_for: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+    no_closed_form: ClassVar[str] = ""
+    flat: ClassVar[bool] = False
+    evaluates_elsewhere: ClassVar[bool] = False
 
     @abstractmethod
     def coefficients(self, step: RecordedStep) -> StepCoefficients:
         """The coefficients of this step; called for every step of every parameter that had a gradient."""
+
+    def recursion(self, step: Any) -> Any:  # noqa: ARG002
+        """The optimizer's own step, as its paper writes it, for :func:`explaind_core.symbolic.prove`.
+
+        Args:
+            step: a :class:`explaind_core.symbolic.RecursionStep`: ``theta``, ``gradient``, ``hyper``, ``clock``, and
+                the optimizer's ``state`` of this parameter, which this method updates.
+
+        Returns:
+            The parameter after the step.
+        """
+        return NotImplemented
+
+    def alpha(self, s: Any, i: Any, hyper: Mapping[str, Any]) -> Any:  # noqa: ARG002
+        """The step learning rate ``alpha_{s,i}``, i <= s, in closed form at constant hyper-parameters, if there is one."""
+        return NotImplemented
+
+    def evaluated(self, theta: Tensor, state: Mapping[str, Any], hyper: Mapping[str, Any]) -> Tensor:  # noqa: ARG002
+        """Where the model is evaluated when one parameter's gradients are taken at ``theta``: there, by default.
+
+        Args:
+            theta: the parameter in training, in its own dtype. state: its optimizer state at that moment. hyper: its
+                group's hyper-parameters.
+        """
+        return theta
+
+    def iterations(self, state: Mapping[str, Any]) -> int | None:  # noqa: ARG002
+        """How many iterations an optimizer whose ``step(closure)`` iterates inside has made, by its state.
+
+        None, the default, says that one call of ``step`` is one step.
+        """
+        return None
+
+    def one_iteration(self, hyper: Mapping[str, Any], evaluations: int) -> Mapping[str, Any]:  # noqa: ARG002
+        """Hyper-parameters under which one call of ``step(closure)`` makes one iteration (see :meth:`iterations`).
+
+        Args:
+            hyper: the group's own. evaluations: of the closure, by the whole call so far, that at the present
+                point included.
+        """
+        return {}
 
     def claims(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether this rule speaks for ``optimizer``: by the exact name of its class."""

@@ -6,59 +6,33 @@ the real optimizer:
 - one step: theta_{s-1} + declared update == theta_s;
 - rollout: the declaration alone, started at theta_0 and fed the same gradients, ends where the optimizer does;
 - alphas: the filter's recurrence == the explicit sum over ``alpha_{s,i} = C_s A_{s-1} ... A_{i+1} B_i``;
-- adjoints: ``<A x, y> == <x, A' y>`` for every declared operator.
+- adjoints: ``<A x, y> == <x, A' y>`` for every declared operator;
+- store: recorded, written, opened and replayed, the training is what was observed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, reject, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from explaind_core import trees
+from explaind_core.cases import SHAPES, Case, MakeOptimizer, Shapes, observed, replayed
 from explaind_core.coefficients import LinearFilter, RecordedStep, StepCoefficients, UpdateRule
-from explaind_core.decompose import ParameterFilter, recorded_step, split_update
-from explaind_core.errors import ExplaindError
+from explaind_core.decompose import ParameterFilter, split_step
+from explaind_core.errors import ConformanceError, ExplaindError
 from explaind_core.operators import LinearOperator, as_operator
+from explaind_core.recorded import to_dense
 from explaind_core.replay import ReplayedStep
+from explaind_core.trials import PRESENCE, Trials
 
-__all__ = ["Case", "Conformance", "ConformanceError", "check_update_rule", "run_case"]
-
-MakeOptimizer = Callable[..., torch.optim.Optimizer]
-Shapes = tuple[tuple[int, ...], ...]
-
-#: Tensors without axes, vectors, matrices and more.
-SHAPES: Shapes = ((), (3,), (4, 5), (2, 3, 2))
-
-
-class ConformanceError(ExplaindError):
-    """A declaration does not explain its optimizer; carries the smallest case found, as code that runs."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One small training, fully determined.
-
-    Attributes:
-        options: for ``make_optimizer``. second_group: what the second parameter group overrides.
-        schedule: per step, what is set in the first group before it. gradients: per step and parameter
-            ``"yes"``, ``"none"``, ``"zero"`` or ``"some zeros"``. clip: the largest gradient norm, or None.
-        shapes, dtype, seed: of the parameters.
-    """
-
-    options: Mapping[str, Any] = field(default_factory=dict)
-    second_group: Mapping[str, Any] = field(default_factory=dict)
-    schedule: Sequence[Mapping[str, Any]] = ({},)
-    gradients: Sequence[Sequence[str]] = (("yes",) * 4,)
-    clip: float | None = None
-    shapes: Shapes = SHAPES
-    dtype: str = "float64"
-    seed: int = 0
+__all__ = ["Case", "Conformance", "ConformanceError", "check_trials", "check_update_rule", "run_case"]
 
 
 @dataclass(frozen=True)
@@ -67,20 +41,25 @@ class Conformance:
 
     Attributes:
         one_step, rollout, alphas, adjoints: float64. one_step_float32: reported, never bounded.
-        cases: how many trainings were tried.
+        store: the largest difference between the training as observed and as it came back from the store; NaN if they
+            do not even have the same entries.
+        cases: how many trainings were tried. refused: how many drawn ones the optimizer's constructor refused.
     """
 
     one_step: float = 0.0
     rollout: float = 0.0
     alphas: float = 0.0
     adjoints: float = 0.0
+    store: float = 0.0
     one_step_float32: float = 0.0
     cases: int = 0
+    refused: int = 0
 
     def merged(self, other: Conformance) -> Conformance:
         """The larger of each error, and all cases."""
-        worst = {n: max(getattr(self, n), getattr(other, n)) for n in vars(self) if n != "cases"}
-        return Conformance(**worst, cases=self.cases + other.cases)
+        counts = {n: getattr(self, n) + getattr(other, n) for n in ("cases", "refused")}
+        worst: dict[str, Any] = {n: _larger(getattr(self, n), getattr(other, n)) for n in vars(self) if n not in counts}
+        return Conformance(**worst, **counts)
 
 
 def run_case(rule: UpdateRule, make_optimizer: MakeOptimizer, case: Case) -> Conformance:
@@ -94,32 +73,29 @@ def run_case(rule: UpdateRule, make_optimizer: MakeOptimizer, case: Case) -> Con
         >>> run_case(SGDRule(), torch.optim.SGD, Case(options={"lr": 0.1, "momentum": 0.9})).one_step < 1e-14
         True
     """
-    trained = _train(make_optimizer, case)
+    through = replayed(rule, make_optimizer, case) if case.stored or case.closure else []
+    trained = through if case.closure else observed(rule, make_optimizer, case)
     memories: dict[str, ParameterFilter] = {}
-    closed: dict[str, Tensor] = {}
     pasts: dict[str, _Past] = {}
     worst = Conformance(cases=1)
-    single = case.dtype != "float64"
+    if case.stored and not case.closure:
+        worst = worst.merged(Conformance(store=_store_error(trained, through)))
     for step in trained:
+        worst = worst.merged(Conformance(store=step.drift))
         rule.check_options(step.hyper[next(iter(step.hyper))], _options(step))
-        for name in step.gradients:
-            memory = memories.setdefault(name, ParameterFilter(name, rule, {}, step.theta[name].shape))
+        for name, (split, declared, recorded) in split_step(rule, step, memories).items():
             past = pasts.setdefault(name, _Past())
-            recorded = recorded_step(step, name, memory)
-            split, declared = split_update(rule, recorded, memory)
-            own = closed.setdefault(name, recorded.theta)
             parts = (recorded.theta, split.kernel, split.regularization)
             size = 1 + sum(float(part.abs().max()) for part in parts if part.numel())
-            one_step = _largest(recorded.theta + split.declared - step.theta[name].double()) / size
-            if single:
+            one_step = _largest(split.declared - recorded.displacement) / size
+            if case.dtype != "float64":
                 worst = worst.merged(Conformance(one_step_float32=one_step))
                 continue
-            closed[name] = past.roll(declared, recorded, own)
             past.size = max(past.size, size)
             worst = worst.merged(
                 Conformance(
                     one_step=one_step,
-                    rollout=_largest(closed[name] - step.theta[name].double()) / (past.size * len(past.filters)),
+                    rollout=past.roll(declared, recorded) / (past.size * len(past.filters)),
                     alphas=past.alpha_error(),
                     adjoints=_adjoint_error(declared, recorded.theta),
                 )
@@ -127,8 +103,39 @@ def run_case(rule: UpdateRule, make_optimizer: MakeOptimizer, case: Case) -> Con
     return worst
 
 
+def _store_error(seen: Sequence[ReplayedStep], through: Sequence[ReplayedStep]) -> float:
+    """The largest difference between what was observed and what came back from the store; NaN if the kinds differ."""
+    if len(seen) != len(through):
+        return math.nan
+    worst = 0.0
+    for a, b in zip(seen, through, strict=True):
+        for what in ("theta_before", "theta", "gradients", "before", "after", "hyper", "hyper_after"):
+            x, y = getattr(a, what), getattr(b, what)
+            if x.keys() != y.keys():
+                return math.nan
+            left, right = (trees.leaves([tree[name] for name in x]) for tree in (x, y))
+            if [t.shape for t in left] != [t.shape for t in right]:
+                return math.nan
+            if any(_plain(x[name]) != _plain(y[name]) for name in x):
+                return math.nan
+            differences = [_largest(to_dense(t) - to_dense(u)) for t, u in zip(left, right, strict=True)]
+            worst = max([worst, *differences])
+    return worst
+
+
+def _larger(a: float, b: float) -> float:
+    return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
+
+
 def _largest(x: Tensor) -> float:
     return float(x.abs().max()) if x.numel() else 0.0
+
+
+def _plain(tree: Any) -> Any:
+    """What is not a tensor and can be stored; the rest is compared elsewhere, or cannot be."""
+    if isinstance(tree, Mapping):
+        return {key: _plain(value) for key, value in tree.items()}
+    return tree if tree is None or isinstance(tree, bool | int | float | str | tuple) else "..."
 
 
 def _options(step: ReplayedStep) -> list[str]:
@@ -145,9 +152,15 @@ class _Past:
         self.state: tuple[Tensor, ...] = ()
         self.out: Tensor | None = None
         self.size = 1.0
+        self.off: Tensor | None = None  # how far the declaration's own trajectory is from the real one
 
-    def roll(self, declared: StepCoefficients, recorded: RecordedStep, theta: Tensor) -> Tensor:
-        """The declared step from the declaration's own theta and filter state."""
+    def roll(self, declared: StepCoefficients, recorded: RecordedStep) -> float:
+        """Make the declared step from the declaration's own theta and filter state; the distance from the real theta.
+
+        Where the model is evaluated elsewhere, decay acts on the real gradient point.
+        """
+        off = torch.zeros_like(recorded.theta) if self.off is None else self.off
+        theta = recorded.theta + off if recorded.point == "gradient" else recorded.theta
         E, W, P, rho = (
             as_operator(getattr(declared, n), n)
             for n in ("gradient_operator", "coupled_decay", "preconditioner", "decoupled_decay")
@@ -158,7 +171,9 @@ class _Past:
         self.out, self.state = declared.filter.advance(self.state, u)
         self.filters.append(declared.filter)
         self.inputs.append(u)
-        return theta - P.apply(self.out) - rho.apply(theta)
+        moved = P.apply(self.out) + rho.apply(theta)
+        self.off = off - moved - recorded.displacement
+        return _largest(self.off)
 
     def alpha_error(self) -> float:
         """The recurrence's last output against the explicit sum over alpha_{s,i} u_i."""
@@ -200,69 +215,28 @@ def _adjoint_error(declared: StepCoefficients, like: Tensor) -> float:
     return worst
 
 
-def _clone(tree: Any) -> Any:
-    return trees.map_tensors(lambda t: t.detach().clone(), tree)
-
-
-def _train(make_optimizer: MakeOptimizer, case: Case) -> list[ReplayedStep]:
-    """The real training, with everything that a recorder would see."""
-    generator = torch.Generator().manual_seed(case.seed)
-    dtype = getattr(torch, case.dtype)
-
-    def draw(shape: Sequence[int]) -> Tensor:
-        drawn: Tensor = torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(dtype)
-        return drawn
-
-    parameters = {f"p{i}": nn.Parameter(draw(shape)) for i, shape in enumerate(case.shapes)}
-    names = {id(p): n for n, p in parameters.items()}
-    even, odd = list(parameters.values())[::2], list(parameters.values())[1::2]
-    groups = [{"params": even}, {"params": odd, **case.second_group}] if odd else [{"params": even}]
-    optimizer = make_optimizer(groups, **case.options)
-    steps = []
-    for s, (scheduled, presence) in enumerate(zip(case.schedule, case.gradients, strict=True), 1):
-        optimizer.param_groups[0].update(scheduled)
-        for parameter, what in zip(parameters.values(), presence, strict=False):
-            gradient = draw(parameter.shape)
-            if what == "some zeros" and parameter.ndim:
-                gradient.view(-1)[::2] = 0
-            parameter.grad = None if what == "none" else gradient * (what != "zero")
-        if case.clip is not None:
-            nn.utils.clip_grad_norm_(list(parameters.values()), case.clip)
-        gradients = {n: p.grad.clone() for n, p in parameters.items() if p.grad is not None}
-        hyper = {
-            names[id(p)]: {k: v for k, v in g.items() if k != "params"}
-            for g in optimizer.param_groups
-            for p in g["params"]
-        }
-        before = {n: _clone(dict(optimizer.state.get(p, {}))) for n, p in parameters.items()}
-        theta_before = _clone(parameters)
-        optimizer.step()
-        after = {n: _clone(dict(optimizer.state.get(p, {}))) for n, p in parameters.items()}
-        steps.append(ReplayedStep(s, theta_before, _clone(parameters), gradients, hyper, before, after, 0.0))
-    return steps
-
-
 @st.composite
-def _cases(
-    draw: st.DrawFn,
-    hyper: Mapping[str, st.SearchStrategy[Any]],
-    scheduled: Mapping[str, st.SearchStrategy[Any]],
-    shapes: Shapes,
-    presence: Sequence[str],
-    dtype: str,
-) -> Case:
-    count = draw(st.integers(1, 6))
-    several = st.lists(st.sampled_from(presence), min_size=len(shapes), max_size=len(shapes))
+def _cases(draw: st.DrawFn, trials: Trials, dtype: str) -> Case:
+    count, scheduled = draw(st.integers(1, 6)), dict(trials.scheduled)
+    several = st.lists(st.sampled_from(trials.presence), min_size=len(trials.shapes), max_size=len(trials.shapes))
     return Case(
-        options=draw(st.fixed_dictionaries(dict(hyper))),
-        second_group=draw(st.fixed_dictionaries({}, optional=dict(scheduled))),
-        schedule=draw(st.lists(st.fixed_dictionaries({}, optional=dict(scheduled)), min_size=count, max_size=count)),
+        options=_options_together(draw(st.fixed_dictionaries(dict(trials.hyper)))),
+        second_group=draw(st.fixed_dictionaries({}, optional=scheduled)) if trials.groups > 1 else None,
+        schedule=draw(st.lists(st.fixed_dictionaries({}, optional=scheduled), min_size=count, max_size=count)),
         gradients=draw(st.lists(several, min_size=count, max_size=count)),
-        clip=draw(st.sampled_from([None, 0.5])),
-        shapes=shapes,
+        clip=None if trials.closure else draw(st.sampled_from([None, 0.5])),
+        closure=trials.closure,
+        stored=draw(st.sampled_from([False, False, True])),
+        point=trials.point,
+        shapes=trials.shapes,
         dtype=dtype,
         seed=draw(st.integers(0, 2**16)),
     )
+
+
+def _options_together(drawn: Mapping[str, Any]) -> dict[str, Any]:
+    together = {k: v for name, values in drawn.items() if name.startswith("*") for k, v in values.items()}
+    return {**{name: value for name, value in drawn.items() if not name.startswith("*")}, **together}
 
 
 def check_update_rule(
@@ -272,7 +246,10 @@ def check_update_rule(
     hyper: Mapping[str, st.SearchStrategy[Any]] | None = None,
     scheduled: Mapping[str, st.SearchStrategy[Any]] | None = None,
     shapes: Shapes = SHAPES,
-    presence: Sequence[str] = ("yes", "yes", "none", "zero", "some zeros"),
+    presence: Sequence[str] = PRESENCE,
+    groups: int = 2,
+    closure: bool = False,
+    point: str = "gradient",
     tolerance: float = 1e-14,
     max_examples: int = 100,
 ) -> Conformance:
@@ -280,12 +257,16 @@ def check_update_rule(
 
     Args:
         rule: the rule. make_optimizer: called with parameter groups and the options drawn from ``hyper``.
-        hyper: constructor option -> hypothesis strategy.
+        hyper: constructor option -> hypothesis strategy. Under a key that starts with ``*``, a strategy of
+            dictionaries: options that are drawn together, since they exclude or need each other.
         scheduled: hyper-parameter -> strategy, for values set anew in a group before a step (``lr`` between 1e-4
             and 1 by default).
         shapes: of the parameters. presence: which kinds of gradient occur; leave out ``"none"`` where the optimizer
-            itself cannot do without.
-        tolerance: of one step (see :func:`run_case` for its unit). Rollout, alphas and adjoints get 100 times that.
+            itself cannot do without; ``"sparse"`` draws sparse gradients (see :class:`~explaind_core.cases.Case`).
+        groups: how many parameter groups, 1 or 2. closure: train by ``step(closure)`` on a smooth loss.
+        point: ``"evaluated"`` to check the point where the model is evaluated, for a rule that has one.
+        tolerance: of one step (see :func:`run_case` for its unit), and of the store. Rollout, alphas and adjoints get
+            100 times that.
         max_examples: drawn trainings in float64; a quarter as many are drawn in float32 and reported.
 
     Returns:
@@ -301,21 +282,40 @@ def check_update_rule(
         >>> report.one_step < 1e-14
         True
     """
-    checked = rule() if isinstance(rule, type) else rule
-    hyper = hyper or {}
-    scheduled = {"lr": st.floats(1e-4, 1.0)} if scheduled is None else scheduled
-    total = Conformance()
+    drawn: dict[str, Any] = {"scheduled": scheduled} if scheduled is not None else {}
+    trials = Trials(
+        make_optimizer, hyper or {}, shapes=shapes, presence=presence, groups=groups, closure=closure, point=point,
+        tolerance=tolerance, **drawn,
+    )  # fmt: skip
+    return check_trials(rule() if isinstance(rule, type) else rule, trials, max_examples=max_examples)
+
+
+def check_trials(rule: UpdateRule, trials: Trials, *, max_examples: int = 100) -> Conformance:
+    """:func:`check_update_rule` for a family of trainings (see there).
+
+    Example:
+        >>> from explaind_optimizers import SGDRule
+        >>> from explaind_core.trials import default_trials
+        >>> check_trials(SGDRule(), default_trials(SGDRule()), max_examples=5).cases > 5
+        True
+    """
+    total, tolerance = Conformance(), trials.tolerance
     bounds = {"one_step": tolerance, "rollout": 100 * tolerance, "alphas": 100 * tolerance, "adjoints": 100 * tolerance}
+    bounds["store"] = tolerance
 
     def check(case: Case) -> None:
         nonlocal total
+        if trials.may_refuse and not _accepted(trials.make_optimizer, case):
+            total = total.merged(Conformance(refused=1))
+            reject()
         try:
-            found = run_case(checked, make_optimizer, case)
+            found = run_case(rule, trials.make_optimizer, case)
         except ExplaindError as error:
-            raise _refuted(checked, make_optimizer, case, f"{type(error).__name__}: {error.what}") from error
+            raise _refuted(rule, trials.make_optimizer, case, f"{type(error).__name__}: {error.what}") from error
         for name, bound in bounds.items():
             if not getattr(found, name) <= bound:  # a NaN must fail
-                raise _refuted(checked, make_optimizer, case, f"{name} error {getattr(found, name):.1e} > {bound:.0e}")
+                what = f"{name} error {getattr(found, name):.1e} > {bound:.0e}"
+                raise _refuted(rule, trials.make_optimizer, case, what)
         total = total.merged(found)
 
     for dtype, examples in (("float64", max_examples), ("float32", max(1, max_examples // 4))):
@@ -328,8 +328,23 @@ def check_update_rule(
             phases=(Phase.explicit, Phase.generate, Phase.shrink),
             print_blob=False,
         )
-        search(given(_cases(hyper, scheduled, shapes, presence, dtype))(check))()
+        search(given(_cases(trials, dtype))(check))()
     return total
+
+
+def _accepted(make_optimizer: MakeOptimizer, case: Case) -> bool:
+    """Whether the constructor takes a combination of guessed options."""
+    try:
+        make_optimizer([{"params": [torch.nn.Parameter(torch.ones(2))]}], **case.options)
+    except (ValueError, RuntimeError):
+        return False
+    return True
+
+
+def _code(case: Case) -> str:
+    """The case as a call, without what has its default value."""
+    given = ((f.name, getattr(case, f.name), getattr(Case(), f.name)) for f in fields(case))
+    return f"Case({', '.join(f'{name}={value!r}' for name, value, default in given if value != default)})"
 
 
 def _refuted(rule: UpdateRule, make_optimizer: MakeOptimizer, case: Case, what: str) -> ConformanceError:
@@ -341,6 +356,6 @@ def _refuted(rule: UpdateRule, make_optimizer: MakeOptimizer, case: Case, what: 
         f"from explaind_core.conformance import Case, run_case\n"
         f"from {kind.__module__} import {kind.__qualname__}\n"
         f"from {module} import {maker}\n"
-        f"print(run_case({kind.__qualname__}(), {maker}, {case!r}))",
+        f"print(run_case({kind.__qualname__}(), {maker}, {_code(case)}))",
         remedy="compare the rule's coefficients with the optimizer's step()",
     )

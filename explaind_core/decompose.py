@@ -19,19 +19,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from explaind_core.coefficients import (
-    FilterState,
-    LinearFilter,
-    OptimizerState,
-    RecordedStep,
-    StepCoefficients,
-    UpdateRule,
-)
+from explaind_core.coefficients import FilterState, LinearFilter, RecordedStep, StepCoefficients, UpdateRule
 from explaind_core.errors import CoefficientError, RecordingError
+from explaind_core.recorded import FLAT, flat_step, recorded_step, split_flat, to_dense
 from explaind_core.replay import Replay, ReplayedStep
 from explaind_core.run import Run
 
-__all__ = ["ParameterFilter", "StepDecomposition", "UpdateSplit", "decompose", "recorded_step", "split_update"]
+__all__ = [
+    "ParameterFilter",
+    "StepDecomposition",
+    "UpdateSplit",
+    "by_parameter",
+    "decompose",
+    "split_step",
+    "split_update",
+]
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class ParameterFilter:
         self.kernel: FilterState = ()
         self.decay: FilterState = ()
         self.prehistory: FilterState = ()
-        held = {k: _dense(t) for k, t in state.items() if k != "step" and isinstance(t, Tensor)}
+        held = {k: to_dense(t) for k, t in state.items() if k != "step" and isinstance(t, Tensor)}
         # Some optimizers fill their state before their first step; a clock at 0 says that it is unused.
         fresh = "step" in state and self.clock == 0
         self.used = [] if fresh else sorted(k for k, t in held.items() if bool(t.any()))
@@ -128,11 +130,7 @@ class ParameterFilter:
 
 
 def _initial(value: object, shape: torch.Size) -> Tensor:
-    return _dense(value).double() if isinstance(value, Tensor) else torch.zeros(shape, dtype=torch.float64)
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor.to_dense() if tensor.is_sparse else tensor
+    return to_dense(value).double() if isinstance(value, Tensor) else torch.zeros(shape, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -199,41 +197,54 @@ def decompose(run: Run, *, first: int = 1, last: int | None = None) -> Iterator[
     last = len(run.steps) if last is None else last
     replay = Replay(run)
     rule = replay.rule().rule
-    initial = run.optimizer_state(0)
-    memories = {
-        name: ParameterFilter(name, rule, initial.get(name, {}), info.shape) for name, info in run.parameters.items()
-    }
+    memories: dict[str, ParameterFilter] = {}
     for replayed in replay.steps(until=last):
-        updates = {
-            name: split_update(rule, recorded_step(replayed, name, memories[name]), memories[name])[0]
-            for name in run.parameters
-            if name in replayed.gradients
-        }
+        splits = {name: split for name, (split, _, _) in split_step(rule, replayed, memories).items()}
         if replayed.step >= first:
-            yield _with_errors(replayed, updates)
+            yield _with_errors(replayed, by_parameter(rule, replayed, splits))
 
 
-def recorded_step(replayed: ReplayedStep, name: str, memory: ParameterFilter) -> RecordedStep:
-    """What the rule is shown of one parameter's step; its clock ticks."""
-    memory.clock += 1
-    theta = replayed.theta_before[name].double()
-    gradient = replayed.gradients[name]
-    return RecordedStep(
-        name=name,
-        step=replayed.step,
-        clock=memory.clock,
-        hyper=OptimizerState(name, replayed.hyper[name], "parameter group"),
-        theta=theta,
-        gradient=_dense(gradient).double(),
-        displacement=replayed.theta[name].double() - theta,
-        before=OptimizerState(name, _in_float64(replayed.before.get(name, {})), "optimizer state before the step"),
-        after=OptimizerState(name, _in_float64(replayed.after.get(name, {})), "optimizer state after the step"),
-        dtype=replayed.theta[name].dtype,
-    )
+def split_step(
+    rule: UpdateRule, replayed: ReplayedStep, memories: dict[str, ParameterFilter]
+) -> dict[str, tuple[UpdateSplit, StepCoefficients, RecordedStep]]:
+    """Split the updates of all parameters that step s updates; ``memories`` are advanced, and made where missing.
+
+    For a ``flat`` rule there is one entry, over all of them: see :func:`by_parameter`.
+    """
+    if rule.flat:
+        names, shown = list(replayed.hyper), [FLAT]
+        size = sum(replayed.theta[n].numel() for n in names)
+    else:
+        names, shown = [], [n for n in replayed.theta if n in replayed.gradients]
+    found = {}
+    for name in shown:
+        if name not in memories:
+            shape = torch.Size([size]) if rule.flat else replayed.theta[name].shape
+            memories[name] = ParameterFilter(name, rule, replayed.before.get(name, {}), shape)
+        memory = memories[name]
+        memory.clock += 1
+        step = flat_step(replayed, names, memory.clock) if rule.flat else recorded_step(replayed, name, memory.clock)
+        found[name] = (*split_update(rule, step, memory), step)
+    return found
 
 
-def _in_float64(state: Mapping[str, object]) -> dict[str, object]:
-    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in state.items()}
+def by_parameter(rule: UpdateRule, replayed: ReplayedStep, splits: Mapping[str, UpdateSplit]) -> dict[str, UpdateSplit]:
+    """The splits of :func:`split_step` by parameter name, for a ``flat`` rule too."""
+    if not rule.flat:
+        return dict(splits)
+    whole, names = splits[FLAT], list(replayed.hyper)
+    parts = [
+        None if vector is None else split_flat(vector, replayed.theta, names)
+        for vector in (whole.kernel, whole.regularization, whole.prehistory, whole.displacement)
+    ]
+    kernel, regularization, prehistory, displacement = parts
+    assert kernel is not None
+    assert regularization is not None
+    assert displacement is not None
+    return {
+        n: UpdateSplit(kernel[n], regularization[n], None if prehistory is None else prehistory[n], displacement[n])
+        for n in names
+    }
 
 
 def _with_errors(replayed: ReplayedStep, updates: dict[str, UpdateSplit]) -> StepDecomposition:

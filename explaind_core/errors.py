@@ -9,10 +9,12 @@ from __future__ import annotations
 __all__ = [
     "AmbiguousRuleError",
     "CoefficientError",
+    "ConformanceError",
     "ExplaindError",
     "LayerError",
     "NonFiniteError",
     "PluginError",
+    "ProofError",
     "QuestionError",
     "RecordingError",
     "RuleNotFoundError",
@@ -73,6 +75,14 @@ class UnsupportedOptionError(ExplaindError):
 
 class CoefficientError(ExplaindError):
     """A declaration is malformed: a filter of the wrong shape, an operator that does not fit its tensor."""
+
+
+class ProofError(ExplaindError):
+    """A rule's declaration is not the recursion of its optimizer, or could not be proved to be."""
+
+
+class ConformanceError(ExplaindError):
+    """A declaration does not explain its optimizer; carries the smallest case found, as code that runs."""
 
 
 class RecordingError(ExplaindError):

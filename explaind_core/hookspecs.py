@@ -10,13 +10,24 @@ use the same door. In its ``pyproject.toml``::
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import pluggy
 import torch
 
 from explaind_core.coefficients import UpdateRule
 
-__all__ = ["ENTRY_POINT_GROUP", "explaind_update_rule", "explaind_update_rules", "hookimpl", "hookspec"]
+if TYPE_CHECKING:  # hypothesis is for those who check rules only
+    from explaind_core.trials import Trials
+
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "explaind_trials",
+    "explaind_update_rule",
+    "explaind_update_rules",
+    "hookimpl",
+    "hookspec",
+]
 
 ENTRY_POINT_GROUP = "explaind"
 
@@ -27,6 +38,14 @@ hookimpl = pluggy.HookimplMarker("explaind")
 @hookspec
 def explaind_update_rules() -> Sequence[UpdateRule]:  # type: ignore[empty-body]
     """List the rules that this plugin brings; each says by ``optimizers`` which classes it speaks for."""
+
+
+@hookspec
+def explaind_trials(rule: UpdateRule) -> Sequence[Trials] | None:
+    """Say how the conformance kit draws trainings for ``rule``, or None for a rule of somebody else.
+
+    Optional: without it the kit guesses from the names and default values of the optimizer's options.
+    """
 
 
 @hookspec

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
 
 import pluggy
 import torch
@@ -13,6 +14,9 @@ import torch
 from explaind_core import hookspecs
 from explaind_core.coefficients import UpdateRule, qualified_name
 from explaind_core.errors import AmbiguousRuleError, PluginError, RuleNotFoundError
+
+if TYPE_CHECKING:
+    from explaind_core.trials import Trials
 
 __all__ = ["RegisteredRule", "Registry", "default_registry"]
 
@@ -102,7 +106,7 @@ class Registry:
 
     @staticmethod
     def _hooks() -> tuple[str, ...]:
-        return ("explaind_update_rules", "explaind_update_rule")
+        return ("explaind_update_rules", "explaind_update_rule", "explaind_trials")
 
     def _call(self, hook: str, **arguments: object) -> Iterator[tuple[str, object]]:
         """Every plugin's own answer, with its name: one raising plugin is named, not hidden."""
@@ -173,6 +177,20 @@ class Registry:
             remedy="install a plugin that declares it, or write one: a subclass of explaind.UpdateRule whose "
             f"optimizers contain {name!r}",
         )
+
+    def trials_for(self, rule: UpdateRule) -> tuple[Trials, ...]:
+        """How trainings are drawn to check ``rule``: as a plugin says, or guessed from the optimizer's constructor.
+
+        Raises:
+            PluginError: a plugin raised. ConformanceError: nothing is said, and the optimizer is not installed.
+        """
+        from explaind_core.trials import default_trials  # hypothesis is for those who check rules only
+
+        for _, answer in self._call("explaind_trials", rule=rule):
+            if answer is not None:
+                found: Iterable[Trials] = answer  # type: ignore[assignment]
+                return tuple(found)
+        return (default_trials(rule),)
 
     def rule_named(self, name: str) -> RegisteredRule | None:
         """The listed rule whose class is called ``name`` (qualified), None if there is none."""

@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from importlib.metadata import version
 from types import TracebackType
 from typing import Any, Self
@@ -16,8 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from explaind_core import trees
+from explaind_core.batches import BatchLog, copied
 from explaind_core.coefficients import qualified_name
 from explaind_core.errors import NonFiniteError, RecordingError, StoreError
+from explaind_core.finite import check_gradients, check_parameters
+from explaind_core.iterations import Evaluation, IterationSplitter
 from explaind_core.losses import describe_loss
 from explaind_core.plugins import Registry, default_registry
 from explaind_core.store import FORMAT, VERSION, RunStore
@@ -33,6 +35,8 @@ class _Pending:
     groups: list[dict[str, Any]] = field(default_factory=list)
     seen: bool = False  # whether gradients were taken (with a closure this happens inside step())
     skipped: bool = False  # a gradient scaler found an infinity: the optimizer will do nothing
+    evaluations: list[Evaluation] = field(default_factory=list)  # of the closure, where the optimizer iterates inside
+    iterations: int = 0  # that it had made before
 
 
 class Recorder:
@@ -91,21 +95,19 @@ class Recorder:
         registry: Registry | None = None,
     ) -> None:
         self._model, self._optimizer, self._loss = model, optimizer, loss
-        self._train_size, self._snapshot_every = train_size, snapshot_every
+        self._train_size, self._snapshot_every = train_size, snapshot_every  # the former for the manifest
         self._registered = (registry or default_registry()).rule_for(optimizer)
         self._parameters = dict(model.named_parameters())
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         self._check_parameters()
         self._groups()  # refuses options before anything is written
         self._store = RunStore(path)
+        self._batches = BatchLog(self._store, train_size)
         self._last: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
         # What a step file holds: all that ever was trained, or changed, so that one file tells a whole state.
         self._ever_trained: set[str] = set()
         self._ever_changed: set[str] = set()
-        self._known_batches: set[str] = set()
-        self._batches: list[dict[str, Any]] = []
-        self._batch_tensors: dict[str, Tensor] = {}
         self._factor = 1.0
         self._pending: _Pending | None = None
         self.steps = 0
@@ -114,6 +116,8 @@ class Recorder:
             self._resume()
         else:
             self._start(overwrite)
+        iterates = self._registered.rule.iterations({}) is not None
+        self._splitter = IterationSplitter(self._registered.rule, optimizer, self._parameters) if iterates else None
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -161,10 +165,11 @@ class Recorder:
             shutil.rmtree(path)
         rule = type(self._registered.rule)
         trained = {name for group in self._groups() for name in group["params"]}
-        self._last = {name: _copy(p) for name, p in self._parameters.items()}
-        self._buffers = {name: _copy(b) for name, b in self._model.named_buffers()}
+        self._last = {name: copied(p) for name, p in self._parameters.items()}
+        self._buffers = {name: copied(b) for name, b in self._model.named_buffers()}
         start = {f"theta/{n}": t for n, t in self._last.items()} | {f"buffer/{n}": t for n, t in self._buffers.items()}
         header, tensors = self._optimizer_state()
+        start |= self._evaluated(self._last)
         self._store.write_tensors(self._store.start_path, header, start | tensors)
         # The manifest comes last: a folder without one is not a run.
         self._store.write_json(
@@ -183,6 +188,7 @@ class Recorder:
                     "version": self._registered.version,
                 },
                 "loss": describe_loss(self._loss),
+                "evaluates_elsewhere": self._registered.rule.evaluates_elsewhere,
                 "train_size": self._train_size,
                 "parameters": [
                     {"name": n, "shape": list(p.shape), "dtype": str(p.dtype), "trained": n in trained}
@@ -212,7 +218,7 @@ class Recorder:
         start = run.buffers(0)
         self._ever_changed = {n for n, b in self._buffers.items() if n not in start or not torch.equal(b, start[n])}
         for name, parameter in self._parameters.items():
-            if not torch.equal(self._last[name], _copy(parameter)):
+            if not torch.equal(self._last[name], copied(parameter)):
                 raise RecordingError(
                     f"the model does not stand where step {self.steps} of the run left it",
                     where=f"parameter {name!r}",
@@ -235,50 +241,7 @@ class Recorder:
         Raises:
             RecordingError: ids are not one integer per sample, or out of range; inputs cannot be stored.
         """
-        where = f"batch of step {self.steps + 1}"
-        try:
-            ids = torch.as_tensor(ids).detach().cpu()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise RecordingError(
-                "ids must be one integer per sample",
-                where=where,
-                expected="a 1-d sequence of integers",
-                got=f"{type(ids).__name__}: {error}",
-            ) from error
-        if ids.ndim != 1 or ids.dtype.is_floating_point or ids.is_complex() or ids.dtype == torch.bool:
-            raise RecordingError(
-                "ids must be one integer per sample",
-                where=where,
-                expected="a 1-d sequence of integers",
-                got=f"shape {tuple(ids.shape)}, dtype {ids.dtype}",
-            )
-        for name, tree in (("inputs", inputs), ("targets", targets)):
-            for tensor in trees.leaves(tree)[:1]:
-                if tensor.ndim == 0 or len(tensor) != len(ids):
-                    raise RecordingError(
-                        f"ids and {name} do not have the same number of samples",
-                        where=where,
-                        expected=f"{len(tensor) if tensor.ndim else 'a batch axis and its number of'} ids",
-                        got=f"{len(ids)} ids",
-                    )
-        bad = ids[(ids < 0) | (ids >= (self._train_size if self._train_size is not None else math.inf))]
-        if len(bad):
-            raise RecordingError(
-                f"{len(bad)} ids are out of range",
-                where=where,
-                expected="0 <= id" + (f" < {self._train_size} (train_size)" if self._train_size is not None else ""),
-                got=bad[:5].tolist(),
-                remedy="pass the positions of the samples in the training set",
-            )
-        structure, tensors = trees.flatten({"inputs": inputs, "targets": targets}, "the batch")
-        # Copies: inputs and targets may be one tensor, or overlap (an autoencoder, a language model).
-        stored = {key: _copy(tensor) for key, tensor in tensors.items()}
-        key = _content_hash(structure, stored)
-        if key not in self._known_batches and not self._store.batch_path(key).exists():
-            self._store.write_tensors(self._store.batch_path(key), structure, stored)
-        self._known_batches.add(key)
-        self._batch_tensors[f"ids/{len(self._batches)}"] = ids.to(torch.int64)
-        self._batches.append({"key": key, "weight": float(weight)})
+        self._batches.declare(inputs, targets, ids, weight, self.steps + 1)
 
     def discard_batch(self) -> None:
         """Forget the batches declared since the last step: their gradients will not be used.
@@ -286,7 +249,8 @@ class Recorder:
         Needed where a ``GradScaler`` skips ``optimizer.step()`` without calling it (no fused optimizer): the
         recorder cannot see that.
         """
-        self._batches, self._batch_tensors, self._factor = [], {}, 1.0
+        self._batches.clear()
+        self._factor = 1.0
 
     def gradient_factor(self, factor: float) -> None:
         """Tell by what the coming step's gradient was multiplied after ``backward()``: a clip coefficient.
@@ -344,8 +308,10 @@ class Recorder:
         pending = self._pending = _Pending()
         self._check_parameters()  # groups may have been added
         pending.groups = self._groups()
+        if self._splitter is not None:
+            pending.iterations = self._splitter.count(optimizer)
         for name, parameter in self._parameters.items():
-            if not torch.equal(self._last[name], parameter.detach().cpu()):
+            if not self._untouched(self._last[name], parameter.detach().cpu()):
                 raise RecordingError(
                     "a parameter changed outside optimizer.step()",
                     where=f"parameter {name!r}, between step {self.steps} and step {self.steps + 1}",
@@ -359,24 +325,36 @@ class Recorder:
 
         def watched() -> Any:
             # The gradient of this step exists only once the closure has run.
+            declared = len(self._batches.entries)
             result = closure()
             if pending.seen:
-                raise RecordingError(
-                    f"{type(optimizer).__name__} called its closure more than once in a step",
-                    where=f"step {self.steps + 1}",
-                    expected="one gradient per step",
-                    remedy="use an optimizer, or options, that evaluate the closure once",
-                )
-            self._see_gradients(pending)
+                if self._splitter is None:
+                    raise RecordingError(
+                        f"{type(optimizer).__name__} called its closure more than once in a step",
+                        where=f"step {self.steps + 1}",
+                        expected="one gradient per step",
+                        remedy="use an optimizer, or options, that evaluate the closure once",
+                    )
+                self._batches.drop_repeats(declared, self.steps + 1)
+                self._see_again(pending, result)
+            else:
+                self._see_gradients(pending, result)
             return result
 
         if len(args) > 1:
             return (args[0], watched, *args[2:]), kwargs
         return args, {**kwargs, "closure": watched}
 
-    def _see_gradients(self, pending: _Pending) -> None:
+    def _untouched(self, left: Tensor, found: Tensor) -> bool:
+        if not self._registered.rule.evaluates_elsewhere or left.numel() == 0:
+            return torch.equal(left, found)
+        # Going to the evaluated point and back rounds; anything beyond that rounding is a change.
+        allowed = 16 * torch.finfo(left.dtype).eps * float(left.abs().max())
+        return float((left.double() - found.double()).abs().max()) <= allowed
+
+    def _see_gradients(self, pending: _Pending, loss: Any = None) -> None:
         pending.seen = True
-        if not self._batches:
+        if not self._batches.entries:
             raise RecordingError(
                 "no batch was declared before optimizer.step()",
                 where=f"step {self.steps + 1}",
@@ -387,39 +365,24 @@ class Recorder:
         if found is not None and float(found) > 0:
             pending.skipped = True
             return
-        trained = [name for group in pending.groups for name in group["params"]]
-        gradients = {n: self._parameters[n].grad for n in trained}
-        for name, gradient in gradients.items():
-            if gradient is not None:
-                copy = gradient.detach().clone()
-                pending.gradients[name] = copy if scale is None else copy / scale.to(copy.device)
-        self._check_gradients(pending.gradients)
+        for name, gradient in self._fed(pending).items():
+            copy = gradient.detach().clone()
+            pending.gradients[name] = copy if scale is None else copy / scale.to(copy.device)
+        if found is None:  # otherwise infinities are the gradient scaler's business
+            check_gradients(pending.gradients, self.steps + 1)
+        if self._splitter is not None:
+            self._see_again(pending, loss)
 
-    def _check_gradients(self, gradients: Mapping[str, Tensor]) -> None:
-        # One reduction per tensor; a sum is not finite where an entry is not.
-        for name, gradient in gradients.items():
-            values = gradient.detach().coalesce().values() if gradient.is_sparse else gradient.detach()
-            if not math.isfinite(values.sum().item()) and not torch.isfinite(values).all():
-                if getattr(self._optimizer, "found_inf", None) is not None:
-                    return  # the gradient scaler's business
-                bad = int((~torch.isfinite(values)).sum())
-                raise NonFiniteError(
-                    "the gradient is not finite: the loss is NaN or infinite, or its derivative is",
-                    where=f"parameter {name!r}, step {self.steps + 1}",
-                    expected="finite numbers",
-                    got=f"{bad} of {values.numel()} entries are NaN or infinite",
-                    remedy=f"training has diverged; the {self.steps} steps recorded so far are intact",
-                )
+    def _fed(self, pending: _Pending) -> dict[str, Tensor]:
+        gradients = {n: self._parameters[n].grad for group in pending.groups for n in group["params"]}
+        return {name: gradient for name, gradient in gradients.items() if gradient is not None}
 
-    def _check_finite(self, theta: Mapping[str, Tensor]) -> None:
-        for name, value in theta.items():
-            if not math.isfinite(value.sum().item()) and not torch.isfinite(value).all():
-                raise NonFiniteError(
-                    "the step made a parameter NaN or infinite",
-                    where=f"parameter {name!r}, step {self.steps + 1}",
-                    expected="finite numbers",
-                    remedy=f"lower the learning rate; the {self.steps} steps recorded so far are intact",
-                )
+    def _see_again(self, pending: _Pending, loss: Any) -> None:
+        """One evaluation of the closure among those of an optimizer that iterates inside."""
+        theta = {name: copied(parameter) for name, parameter in self._parameters.items()}
+        gradients = {n: copied(g.to_dense() if g.is_sparse else g) for n, g in self._fed(pending).items()}
+        value = loss.detach().item() if isinstance(loss, Tensor) else float(loss)
+        pending.evaluations.append(Evaluation(theta, value, gradients))
 
     def _after_step(self, _optimizer: torch.optim.Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
         pending, self._pending = self._pending, None
@@ -429,18 +392,42 @@ class Recorder:
             raise RecordingError(
                 "the optimizer never evaluated its closure", where=f"step {self.steps + 1}", remedy="pass no closure"
             )
-        theta = {name: _copy(parameter) for name, parameter in self._parameters.items()}
+        theta = {name: copied(parameter) for name, parameter in self._parameters.items()}
         if pending.skipped:
             self.skipped += 1
             self.discard_batch()
             return
-        self._check_finite({name: theta[name] for name in pending.gradients})
+        if self._splitter is None:
+            self._finish_step(pending, theta)
+        else:
+            self._finish_iterations(self._splitter, pending, theta)
+        self.discard_batch()
+
+    def _finish_iterations(self, splitter: IterationSplitter, pending: _Pending, theta: dict[str, Tensor]) -> None:
+        count = splitter.count(self._optimizer) - pending.iterations
+        found = splitter.split(pending.evaluations, pending.groups, count, self.steps + 1)
+        reached = found[-1].theta if found else self._last
+        for name, value in theta.items():
+            if not torch.equal(reached[name], value):
+                raise RecordingError(
+                    "the parameters do not stand where the iterations inside the step lead",
+                    where=f"parameter {name!r}, step {self.steps + 1}",
+                    remedy="let the closure change no parameter",
+                )
+        for iteration in found:
+            single = _Pending(dict(iteration.evaluations[0].gradients), iteration.groups, seen=True)
+            single.evaluations = list(iteration.evaluations)
+            self._finish_step(single, iteration.theta, iteration.state)
+
+    def _finish_step(
+        self, pending: _Pending, theta: dict[str, Tensor], state: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> None:
+        check_parameters({name: theta[name] for name in pending.gradients}, self.steps + 1)
         self._write_step(pending, theta)
         self.steps += 1
         self._last = theta
-        self.discard_batch()
         if self.steps % self._snapshot_every == 0:
-            self._snapshot()
+            self._snapshot(state)
 
     def _write_step(self, pending: _Pending, theta: dict[str, Tensor]) -> None:
         s = self.steps + 1
@@ -450,7 +437,7 @@ class Recorder:
                 raise RecordingError(
                     "a parameter that the optimizer does not train changed", where=f"{name!r}, step {s}"
                 )
-        tensors = {f"theta/{name}": theta[name] for name in self._ever_trained} | self._batch_tensors
+        tensors = {f"theta/{name}": theta[name] for name in self._ever_trained} | self._batches.tensors()
         for name, gradient in pending.gradients.items():
             if gradient.is_sparse:
                 # As fed: coalescing is the optimizer's business.
@@ -458,35 +445,49 @@ class Recorder:
                 tensors[f"sparse_values/{name}"] = gradient._values()
             else:
                 tensors[f"gradient/{name}"] = gradient
-        buffers = {name: _copy(buffer) for name, buffer in self._model.named_buffers()}
+        buffers = {name: copied(buffer) for name, buffer in self._model.named_buffers()}
         for name, buffer in buffers.items():
             if name not in self._buffers or not torch.equal(buffer, self._buffers[name]):
                 self._ever_changed.add(name)
         tensors |= {f"buffer/{name}": buffers[name] for name in self._ever_changed & buffers.keys()}
+        tensors |= self._evaluated(theta)
+        for k, evaluation in enumerate(pending.evaluations[1:], 1):
+            tensors |= {f"closure/{k}/{name}": gradient for name, gradient in evaluation.gradients.items()}
         structure, group_tensors = trees.flatten(pending.groups, "the parameter groups")
-        header = {"step": s, "groups": structure, "batches": self._batches, "gradient_factor": self._factor}
+        header = {"step": s, "groups": structure, "batches": self._batches.entries, "gradient_factor": self._factor}
+        if pending.evaluations:
+            header["closure_losses"] = [evaluation.loss for evaluation in pending.evaluations]
         self._store.write_tensors(
             self._store.step_path(s), header, tensors | {f"group/{k}": t for k, t in group_tensors.items()}
         )
         self._buffers = buffers
 
     # ------------------------------------------------------------------ the optimizer's state
-    def _optimizer_state(self) -> tuple[Any, dict[str, Tensor]]:
-        state = {
+    def _state(self) -> dict[str, dict[str, Any]]:
+        return {
             self._names[id(parameter)]: dict(entries)
             for parameter, entries in self._optimizer.state.items()
             if id(parameter) in self._names
         }
+
+    def _evaluated(self, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Where the model is evaluated when training stands at ``theta``, for optimizers where these differ."""
+        rule = self._registered.rule
+        if not rule.evaluates_elsewhere:
+            return {}
+        state, found = self._state(), {}
+        for group in self._groups():
+            for name in group["params"]:
+                found[f"evaluated/{name}"] = copied(rule.evaluated(theta[name], state.get(name, {}), group))
+        return found
+
+    def _optimizer_state(self, state: Mapping[str, Mapping[str, Any]] | None = None) -> tuple[Any, dict[str, Tensor]]:
+        state = self._state() if state is None else state
         structure, tensors = trees.flatten(state, "the optimizer's state")
         return {"state": structure}, {f"state/{key}": tensor for key, tensor in tensors.items()}
 
-    def _snapshot(self) -> None:
-        self._store.write_tensors(self._store.snapshot_path(self.steps), *self._optimizer_state())
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    """A copy in main memory that later changes do not reach."""
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    def _snapshot(self, state: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        self._store.write_tensors(self._store.snapshot_path(self.steps), *self._optimizer_state(state))
 
 
 def _plain(value: Any) -> Any:
@@ -496,11 +497,3 @@ def _plain(value: Any) -> Any:
     except RecordingError:
         return f"<{type(value).__name__}>"
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _content_hash(structure: Any, tensors: Mapping[str, Tensor]) -> str:
-    digest = blake2b(repr(structure).encode(), digest_size=16)
-    for key, tensor in tensors.items():
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return digest.hexdigest()

@@ -8,9 +8,8 @@ parameters checks the recording.
 from __future__ import annotations
 
 import importlib
-import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from explaind_core import trees
 from explaind_core.coefficients import qualified_name
 from explaind_core.errors import RuleNotFoundError, StoreError
 from explaind_core.plugins import RegisteredRule
+from explaind_core.rebuilding import rebuild_optimizer
 from explaind_core.run import Run
 
 __all__ = ["Replay", "ReplayedStep"]
@@ -32,10 +32,11 @@ class ReplayedStep:
     """One step, replayed. Tensors have the run's own dtypes.
 
     Attributes:
-        step: s. theta_before, theta: the recorded theta_{s-1} and theta_s.
-        gradients: as fed. hyper: parameter name -> hyper-parameters of its group.
+        step: s. theta_before, theta: the recorded theta_{s-1} and theta_s, at the run's ``point``.
+        gradients: as fed. hyper, hyper_after: parameter name -> hyper-parameters of its group, before and after.
         before, after: parameter name -> the optimizer's state of it.
         drift: largest ``|replayed theta_s - recorded theta_s|``: 0 on the machine that trained, as a rule.
+        gradient_point: where the gradients were taken, if that is not theta_before.
     """
 
     step: int
@@ -46,6 +47,8 @@ class ReplayedStep:
     before: State
     after: State
     drift: float
+    hyper_after: dict[str, dict[str, Any]] = field(default_factory=dict)
+    gradient_point: dict[str, Tensor] | None = None
 
 
 class Replay:
@@ -99,18 +102,7 @@ class Replay:
         groups = [{**group, "params": [self._parameters[n] for n in group["params"]]} for group in self.run.groups(1)]
         if self.run.make_optimizer is not None:
             return self.run.make_optimizer(groups)
-        kind = self._optimizer_class()
-        wanted = inspect.signature(kind).parameters
-        options = {key: value for key, value in groups[0].items() if key in wanted and key != "params"}
-        try:
-            return kind(groups, **options)
-        except Exception as error:
-            raise StoreError(
-                f"{qualified_name(kind)} cannot be rebuilt from the recorded hyper-parameters: {error}",
-                where=self.run.path,
-                got=options,
-                remedy="pass open_run(..., make_optimizer=lambda groups: ...)",
-            ) from error
+        return rebuild_optimizer(self._optimizer_class(), groups, where=self.run.path)
 
     def _load(self, state: State) -> None:
         self.optimizer.state.clear()
@@ -142,24 +134,70 @@ class Replay:
 
     def steps(self, *, until: int | None = None, start: int = 0) -> Iterator[ReplayedStep]:
         """Replay from step ``start + 1`` (whose state must have been loaded; 0 is the run's start) to ``until``."""
-        before_theta = self.run.theta(start)
+        before_theta, trained = self.run.theta(start), self.run.theta(start, point="gradient")
         before_state = self._state()
+        elsewhere = self.run.point != "gradient"
         for s in range(start + 1, (len(self.run.steps) if until is None else until) + 1):
-            theta, gradients = self.run.theta(s), self.run.gradients(s)
+            trained_before, trained = trained, self.run.theta(s, point="gradient")
+            theta = self.run.theta(s) if elsewhere else trained
+            gradients = self.run.gradients(s)
             self._set_groups(self.run.groups(s))
             with torch.no_grad():
                 for name, parameter in self._parameters.items():
-                    parameter.copy_(before_theta[name])
-                    parameter.grad = gradients[name].clone() if name in gradients else None
-            self.optimizer.step()
+                    parameter.copy_(trained_before[name])
+            self._step(gradients, self.run.closure_calls(s))
             after_state = self._state()
             drift = max(
-                (float((p.detach() - theta[n]).abs().max()) for n, p in self._parameters.items() if p.numel()),
+                (float((p.detach() - trained[n]).abs().max()) for n, p in self._parameters.items() if p.numel()),
                 default=0.0,
             )
-            hyper = {n: {k: v for k, v in g.items() if k != "params"} for g in self.run.hyper(s) for n in g["params"]}
-            yield ReplayedStep(s, before_theta, theta, gradients, hyper, before_state, after_state, drift)
+            yield ReplayedStep(
+                s,
+                before_theta,
+                theta,
+                gradients,
+                _by_parameter(self.run.hyper(s)),
+                before_state,
+                after_state,
+                drift,
+                self._groups(),
+                trained_before if elsewhere else None,
+            )
             before_theta, before_state = theta, after_state
+
+    def _step(self, gradients: dict[str, Tensor], calls: Sequence[tuple[float, dict[str, Tensor]]]) -> None:
+        def feed(fed: dict[str, Tensor]) -> None:
+            for name, parameter in self._parameters.items():
+                parameter.grad = fed[name].clone() if name in fed else None
+
+        if not calls:
+            feed(gradients)
+            self.optimizer.step()
+            return
+        coming = iter(calls)
+
+        def closure() -> float:
+            loss, fed = next(coming)
+            feed(fed)
+            return loss
+
+        try:
+            self.optimizer.step(closure)
+        except StopIteration:
+            raise StoreError(
+                "replayed, the optimizer evaluates its closure more often than it did in training",
+                where=f"{self.run.path}, {len(calls)} calls recorded",
+                remedy="replay with the versions of torch and of the optimizer that trained",
+            ) from None
+
+    def _groups(self) -> dict[str, dict[str, Any]]:
+        """Parameter name -> its group's hyper-parameters as they stand; one-element tensors as numbers."""
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        groups = []
+        for group in self.optimizer.param_groups:
+            plain = trees.map_tensors(_number, {k: v for k, v in group.items() if k != "params"})
+            groups.append({**plain, "params": [names[id(p)] for p in group["params"]]})
+        return _by_parameter(groups)
 
     def _set_groups(self, groups: tuple[dict[str, Any], ...]) -> None:
         for index, group in enumerate(groups):
@@ -176,3 +214,11 @@ class Replay:
         for _ in self.steps(start=start, until=s):
             pass
         return self._state()
+
+
+def _number(tensor: Tensor) -> Any:
+    return tensor.item() if tensor.numel() == 1 else tensor
+
+
+def _by_parameter(groups: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: {k: v for k, v in group.items() if k != "params"} for group in groups for name in group["params"]}

@@ -82,6 +82,7 @@ class Run:
         model: a private copy of the architecture in evaluation mode, None if none was given.
         loss: the recorded loss if it is one of torch's own or was given, None otherwise.
         complete: whether the recording ended in order.
+        point: which parameters ``theta`` returns: ``"gradient"`` or ``"evaluated"`` (see :func:`open_run`).
     """
 
     def __init__(
@@ -92,10 +93,12 @@ class Run:
         loss: LossFunction | None = None,
         make_optimizer: OptimizerFactory | None = None,
         until: int | None = None,
+        point: str = "gradient",
         registry: Registry | None = None,
     ) -> None:
         self.store = RunStore(path)
         self.manifest = self.store.read_manifest()
+        self.point = self._check_point(point)
         self.registry = registry or default_registry()
         self.make_optimizer = make_optimizer
         self.parameters: Mapping[str, ParameterInfo] = {
@@ -120,6 +123,20 @@ class Run:
     def path(self) -> Path:
         """Where the run lies."""
         return self.store.path
+
+    def _check_point(self, point: str) -> str:
+        kept = ("gradient", "evaluated") if self.manifest.get("evaluates_elsewhere") else ("gradient",)
+        if point not in kept:
+            raise QuestionError(
+                f"the run has no point {point!r}",
+                where=self.path,
+                expected=f"one of {list(kept)}",
+                got=point,
+                remedy=f"{self.manifest['optimizer']} evaluates the model where it takes its gradients"
+                if len(kept) == 1 and point == "evaluated"
+                else None,
+            )
+        return point
 
     def _check_model(self, model: nn.Module) -> nn.Module:
         given = {n: (tuple(p.shape), str(p.dtype)) for n, p in model.named_parameters()}
@@ -149,14 +166,21 @@ class Run:
         header: dict[str, Any] = self.store.read_header(self.store.step_path(s), what=f"step {s}")
         return header
 
-    def theta(self, s: int) -> dict[str, Tensor]:
-        """The parameters after step s; ``theta(0)`` is the initialisation. Every tensor has its own storage."""
+    def theta(self, s: int, *, point: str | None = None) -> dict[str, Tensor]:
+        """The parameters after step s; ``theta(0)`` is the initialisation. Every tensor has its own storage.
+
+        Args:
+            s: 0..N. point: ``"gradient"`` or ``"evaluated"``, the run's own by default.
+        """
         self.check_step(s, first=0)
+        evaluated = (self.point if point is None else self._check_point(point)) == "evaluated"
         if s == 0:
-            start = self._start("theta/")
+            start = self._start("theta/") | (self._start("evaluated/") if evaluated else {})
             return {n: start[n] for n in self.parameters}
         stored = self.store.read_tensors(self.store.step_path(s), what=f"step {s}").tensors
         found = {n: stored[f"theta/{n}"] for n in self.parameters if f"theta/{n}" in stored}
+        if evaluated:
+            found |= {n: stored[f"evaluated/{n}"] for n in self.parameters if f"evaluated/{n}" in stored}
         if len(found) < len(self.parameters):  # the others were never trained up to here
             found = self._start("theta/") | found
         return {n: found[n] for n in self.parameters}
@@ -203,6 +227,22 @@ class Run:
                 indices, values = stored[f"sparse_indices/{name}"], stored[f"sparse_values/{name}"]
                 found[name] = torch.sparse_coo_tensor(indices, values, info.shape, check_invariants=True)
         return found
+
+    def closure_calls(self, s: int) -> tuple[tuple[float, dict[str, Tensor]], ...]:
+        """What ``step(closure)`` was told in step s, call by call: (loss, gradients by parameter name).
+
+        Recorded only for optimizers that iterate inside a step; empty for all others, whose one gradient
+        :meth:`gradients` returns.
+        """
+        self.check_step(s)
+        losses = self._header(s).get("closure_losses", [])
+        stored = self.store.read_tensors(self.store.step_path(s), what=f"step {s}").tensors if losses else {}
+        calls = []
+        for k, loss in enumerate(losses):
+            prefix = f"closure/{k}/"
+            found = {n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)}
+            calls.append((float(loss), self.gradients(s) if k == 0 else found))
+        return tuple(calls)
 
     def gradient_factor(self, s: int) -> float:
         """The factor (clip coefficient) that the recorder was told for step s, 1 if none."""
@@ -258,7 +298,7 @@ class Run:
 
         s = len(self.steps) if s is None else self.check_step(s, first=0)
         state = Replay(self).state_after(s)
-        theta, buffers = self.theta(s), self.buffers(s)
+        theta, buffers = self.theta(s, point="gradient"), self.buffers(s)
         named = dict(model.named_parameters())
         self._check_model(model)
         with torch.no_grad():
@@ -279,6 +319,7 @@ def open_run(
     loss: LossFunction | None = None,
     make_optimizer: OptimizerFactory | None = None,
     until: int | None = None,
+    point: str = "gradient",
     registry: Registry | None = None,
 ) -> Run:
     """Open a recorded run: lazily, read-only, from any process, without running code from the store.
@@ -291,6 +332,8 @@ def open_run(
         make_optimizer: builds the optimizer from a list of parameter groups, where its class cannot be
             called with the recorded hyper-parameters.
         until: open the steps 1..until only.
+        point: for optimizers that evaluate the model elsewhere than they take gradients (Schedule-Free):
+            ``"gradient"`` explains the training parameters y, ``"evaluated"`` the model after ``optimizer.eval()``, x.
         registry: the plugins to look for rules in; all installed ones by default.
 
     Raises:
@@ -303,4 +346,4 @@ def open_run(
         explaind_core.errors.StoreError: this is not a recorded run
         ...
     """
-    return Run(path, model, loss=loss, make_optimizer=make_optimizer, until=until, registry=registry)
+    return Run(path, model, loss=loss, make_optimizer=make_optimizer, until=until, point=point, registry=registry)

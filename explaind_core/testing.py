@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from explaind_core.conformance import Case, Conformance, ConformanceError, check_update_rule, run_case
+from explaind_core.cases import Case
+from explaind_core.conformance import Conformance, ConformanceError, check_update_rule, run_case
 from explaind_core.plugins import Registry
 from explaind_core.recorder import Recorder
 from explaind_core.run import Run, open_run

@@ -2,17 +2,62 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import explaind_core as explaind
 from explaind_optimizers.adafactor import AdafactorRule
 from explaind_optimizers.adagrad import AdadeltaRule, AdagradRule
 from explaind_optimizers.adam import AdamRule, AdamWRule
 from explaind_optimizers.adamax import AdamaxRule, NAdamRule, RAdamRule
+from explaind_optimizers.ademamix import AdEMAMixRule, SimplifiedAdEMAMixRule
+from explaind_optimizers.lamb import LambRule
+from explaind_optimizers.lars import LARSRule, SGDWRule
+from explaind_optimizers.lbfgs import LBFGSRule
+from explaind_optimizers.lion import LionRule, SignSGDRule, TigerRule
 from explaind_optimizers.muon import MuonRule
+from explaind_optimizers.prodigy import ProdigyRule, PytorchOptimizerProdigyRule
+from explaind_optimizers.relatives import AdaBeliefRule, AggMoRule, LaPropRule, QHAdamRule, QHMRule
 from explaind_optimizers.rmsprop import RMSpropRule
 from explaind_optimizers.rprop import ASGDRule, RpropRule
+from explaind_optimizers.schedule_free import (
+    AdamWScheduleFreePaperRule,
+    AdamWScheduleFreeRule,
+    RAdamScheduleFreeRule,
+    SGDScheduleFreeRule,
+)
 from explaind_optimizers.sgd import SGDRule
+from explaind_optimizers.shampoo import ShampooRule
+from explaind_optimizers.soap import SOAPRule
+from explaind_optimizers.sophia import SophiaGRule, SophiaHRule
+from explaind_optimizers.sparse_adam import SparseAdamRule
+
+if TYPE_CHECKING:
+    from explaind_core.trials import Trials
 
 _RULES = (
+    AdEMAMixRule,
+    SimplifiedAdEMAMixRule,
+    LambRule,
+    LARSRule,
+    SGDWRule,
+    LionRule,
+    SignSGDRule,
+    TigerRule,
+    ProdigyRule,
+    PytorchOptimizerProdigyRule,
+    AdaBeliefRule,
+    AggMoRule,
+    LaPropRule,
+    QHAdamRule,
+    QHMRule,
+    AdamWScheduleFreePaperRule,
+    AdamWScheduleFreeRule,
+    RAdamScheduleFreeRule,
+    SGDScheduleFreeRule,
+    ShampooRule,
+    SOAPRule,
+    SophiaGRule,
+    SophiaHRule,
     ASGDRule,
     AdadeltaRule,
     AdafactorRule,
@@ -20,27 +65,55 @@ _RULES = (
     AdamRule,
     AdamWRule,
     AdamaxRule,
+    LBFGSRule,
     MuonRule,
     NAdamRule,
     RAdamRule,
     RMSpropRule,
     RpropRule,
     SGDRule,
+    SparseAdamRule,
 )
 __all__ = [
     "ASGDRule",
+    "AdEMAMixRule",
+    "AdaBeliefRule",
     "AdadeltaRule",
     "AdafactorRule",
     "AdagradRule",
     "AdamRule",
     "AdamWRule",
+    "AdamWScheduleFreePaperRule",
+    "AdamWScheduleFreeRule",
     "AdamaxRule",
+    "AggMoRule",
+    "LARSRule",
+    "LBFGSRule",
+    "LaPropRule",
+    "LambRule",
+    "LionRule",
     "MuonRule",
     "NAdamRule",
+    "ProdigyRule",
+    "PytorchOptimizerProdigyRule",
+    "QHAdamRule",
+    "QHMRule",
     "RAdamRule",
+    "RAdamScheduleFreeRule",
     "RMSpropRule",
     "RpropRule",
     "SGDRule",
+    "SGDScheduleFreeRule",
+    "SGDWRule",
+    "SOAPRule",
+    "ShampooRule",
+    "SignSGDRule",
+    "SimplifiedAdEMAMixRule",
+    "SophiaGRule",
+    "SophiaHRule",
+    "SparseAdamRule",
+    "TigerRule",
+    "explaind_trials",
     "explaind_update_rules",
 ]
 
@@ -49,3 +122,11 @@ __all__ = [
 def explaind_update_rules() -> list[explaind.UpdateRule]:
     """All rules of this package."""
     return [rule() for rule in _RULES]
+
+
+@explaind.hookimpl
+def explaind_trials(rule: explaind.UpdateRule) -> tuple[Trials, ...] | None:
+    """How the conformance kit checks the rules of this package."""
+    from explaind_optimizers.trials import torch_trials  # brings hypothesis along
+
+    return torch_trials().get(type(rule).__name__) if isinstance(rule, _RULES) else None

@@ -1,0 +1,119 @@
+"""Which samples a step's gradient is of: declared by the loop, checked, and stored once per content."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from explaind_core import trees
+from explaind_core.errors import RecordingError
+from explaind_core.store import RunStore
+
+__all__ = ["BatchLog", "copied"]
+
+
+class BatchLog:
+    """The batches declared since the last step.
+
+    Attributes:
+        entries: one per micro-batch: where its content lies (``key``) and its ``weight``. ids: its sample ids.
+    """
+
+    def __init__(self, store: RunStore, train_size: int | None) -> None:
+        self._store, self._train_size = store, train_size
+        self._known: set[str] = set()
+        self.entries: list[dict[str, Any]] = []
+        self.ids: list[Tensor] = []
+
+    def clear(self) -> None:
+        """Forget what was declared."""
+        self.entries, self.ids = [], []
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The ids, as a step file holds them."""
+        return {f"ids/{index}": ids for index, ids in enumerate(self.ids)}
+
+    def drop_repeats(self, first: int, step: int) -> None:
+        """Drop the entries from ``first`` on: a closure that is evaluated again declares its batch again.
+
+        Raises:
+            RecordingError: they are not the batch that was declared before.
+        """
+        again = list(zip(self.entries[first:], self.ids[first:], strict=True))
+        before = list(zip(self.entries[:first], self.ids[:first], strict=True))
+        same = len(again) == len(before) and all(
+            e == f and torch.equal(i, j) for (e, i), (f, j) in zip(again, before, strict=True)
+        )
+        if again and not same:
+            raise RecordingError(
+                "the closure declared another batch when it was evaluated again",
+                where=f"step {step}",
+                expected="the same samples at every evaluation within one optimizer.step(closure)",
+                remedy="draw the batch outside the closure",
+            )
+        del self.entries[first:], self.ids[first:]
+
+    def declare(self, inputs: Any, targets: Any, ids: Any, weight: float, step: int) -> None:
+        """Check one micro-batch and store its content; see :meth:`explaind_core.Recorder.batch`."""
+        where = f"batch of step {step}"
+        try:
+            ids = torch.as_tensor(ids).detach().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise RecordingError(
+                "ids must be one integer per sample",
+                where=where,
+                expected="a 1-d sequence of integers",
+                got=f"{type(ids).__name__}: {error}",
+            ) from error
+        if ids.ndim != 1 or ids.dtype.is_floating_point or ids.is_complex() or ids.dtype == torch.bool:
+            raise RecordingError(
+                "ids must be one integer per sample",
+                where=where,
+                expected="a 1-d sequence of integers",
+                got=f"shape {tuple(ids.shape)}, dtype {ids.dtype}",
+            )
+        for name, tree in (("inputs", inputs), ("targets", targets)):
+            for tensor in trees.leaves(tree)[:1]:
+                if tensor.ndim == 0 or len(tensor) != len(ids):
+                    raise RecordingError(
+                        f"ids and {name} do not have the same number of samples",
+                        where=where,
+                        expected=f"{len(tensor) if tensor.ndim else 'a batch axis and its number of'} ids",
+                        got=f"{len(ids)} ids",
+                    )
+        bad = ids[(ids < 0) | (ids >= (self._train_size if self._train_size is not None else math.inf))]
+        if len(bad):
+            raise RecordingError(
+                f"{len(bad)} ids are out of range",
+                where=where,
+                expected="0 <= id" + (f" < {self._train_size} (train_size)" if self._train_size is not None else ""),
+                got=bad[:5].tolist(),
+                remedy="pass the positions of the samples in the training set",
+            )
+        structure, tensors = trees.flatten({"inputs": inputs, "targets": targets}, "the batch")
+        # Copies: inputs and targets may be one tensor, or overlap (an autoencoder, a language model).
+        stored = {key: copied(tensor) for key, tensor in tensors.items()}
+        key = _content_hash(structure, stored)
+        if key not in self._known and not self._store.batch_path(key).exists():
+            self._store.write_tensors(self._store.batch_path(key), structure, stored)
+        self._known.add(key)
+        self.entries.append({"key": key, "weight": float(weight)})
+        self.ids.append(ids.to(torch.int64))
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """A copy in main memory that later changes do not reach."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _content_hash(structure: Any, tensors: Mapping[str, Tensor]) -> str:
+    digest = blake2b(repr(structure).encode(), digest_size=16)
+    for key, tensor in tensors.items():
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
