@@ -15,7 +15,7 @@ from explaind_core.plugins import default_registry
 from explaind_core.testing import Case, check_update_rule, run_case
 from explaind_core.trials import find_optimizer
 
-RULES = {type(r.rule).__name__: r.rule for r in default_registry().rules() if type(r.rule) in _RULES}
+RULES = {type(rule()).__name__: rule() for rule in _RULES if rule.optimizers[0].startswith("torch.")}
 FAMILIES = [
     pytest.param(name, trials, id=f"{name}{f' ({trials.name})' if trials.name else ''}")
     for name in RULES
@@ -31,7 +31,7 @@ def test_the_declaration_is_exact(name, trials):
     assert report.store == 0
     assert report.cases >= 37
     assert report.refused == 0
-    assert report.one_step_float32 < 1e-5  # reported; rounding, and whatever P = 1 / eps makes of it
+    assert report.one_step_float32 < 1e-4  # reported; rounding, and what 1 / eps (or L-BFGS's 1 / <y, s>) makes of it
 
 
 @pytest.mark.slow
@@ -54,7 +54,7 @@ def test_every_optimizer_of_torch_has_a_rule():
 def test_every_option_is_modelled_or_refused_by_name(name):
     """No option of the installed version is left unsaid; the trials draw every one that is modelled."""
     kind = find_optimizer(RULES[name])
-    options = set(kind([nn.Parameter(torch.ones(2, 2))]).defaults) if name != "x" else set()
+    options = set(kind([nn.Parameter(torch.ones(2, 2))]).defaults)
     rule = RULES[name]
     unsaid = options - rule.options - set(rule.fixed)
     for option in unsaid:
@@ -69,15 +69,12 @@ def test_every_option_is_modelled_or_refused_by_name(name):
     assert left <= {"foreach", "fused"} | LEFT.get(name, set())
 
 
-#: Options that the trials leave alone, and why: numerical constants of Newton-Schulz.
-LEFT = {"MuonRule": {"ns_coefficients", "eps"}}
+#: Options that the trials leave alone: numerical constants of Newton-Schulz, and what AdamW's constructor fixes.
+LEFT = {"MuonRule": {"ns_coefficients", "eps"}, "AdamWRule": {"decoupled_weight_decay"}}
 
 
 def strategy_keys(strategy):
-    return [
-        set(element)
-        for element in getattr(strategy, "elements", [strategy.value] if hasattr(strategy, "value") else [])
-    ]
+    return [set(element) for element in getattr(strategy, "elements", ())] or [set()]
 
 
 # ------------------------------------------------------------------ the kit must be able to fail
