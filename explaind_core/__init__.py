@@ -12,6 +12,7 @@ from explaind_core.attribute import attribute, closure_error
 from explaind_core.coefficients import LinearFilter, RecordedStep, StepCoefficients, UpdateRule
 from explaind_core.decompose import decompose
 from explaind_core.hookspecs import hookimpl
+from explaind_core.inferred import InferredRule
 from explaind_core.outputs import Activation, Function, Loss, Output, Outputs
 from explaind_core.plan import Plan, plan
 from explaind_core.recorder import Recorder
@@ -22,6 +23,7 @@ from explaind_core.verify import Verification, verify
 __all__ = [
     "Activation",
     "Function",
+    "InferredRule",
     "LinearFilter",
     "Loss",
     "Output",
@@ -53,4 +55,8 @@ def __getattr__(name: str) -> Any:
         import explaind_core.testing as testing
 
         return testing
+    if name == "symbolic":  # brings sympy along, which only proofs need
+        import explaind_core.symbolic as symbolic
+
+        return symbolic
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

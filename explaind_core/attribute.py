@@ -166,7 +166,7 @@ class _Frame:
     def collect(self, parts: Iterator[tuple[StepContribution, Tensor]]) -> xr.Dataset:
         """One Dataset of some steps; sums over axes that are not kept are taken step by step, in float64."""
         rows: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in (*self.terms, "residual", "omitted")}
-        steps, nodes, evaluations, converged, errors = [], [], [], [], []
+        steps, nodes, evaluations, converged, errors, corrections = [], [], [], [], [], []
         for part, omitted in parts:
             stored = {name: self._reduce(part.terms[name], AXES[1:]) for name in self.terms}
             if "step" in self.dims:
@@ -186,6 +186,7 @@ class _Frame:
             evaluations.append(part.evaluations)
             converged.append(part.converged)
             errors.append(part.update_error)
+            corrections.append(part.correction)
         variables: dict[str, Any] = {}
         for name, values in rows.items():
             dims = self.dims if name in self.terms else self.plain_dims
@@ -197,6 +198,8 @@ class _Frame:
             variables["evaluations"] = ("step", np.array(evaluations))
             variables["converged"] = ("step", np.array(converged))
             variables["update_error"] = ("step", np.array(errors))
+            if self.question.run.closed_by_secant:
+                variables["correction"] = ("step", np.array(corrections))
         attributes = self.attributes()
         if "step" not in self.dims:
             attributes |= {
@@ -205,6 +208,7 @@ class _Frame:
                 "steps_not_converged": int(np.sum(~np.array(converged))),
                 "update_error": float(np.max(errors)),
             }
+            attributes |= {"correction": float(np.max(corrections))} if self.question.run.closed_by_secant else {}
         return xr.Dataset(variables, coords=self.coordinates(steps), attrs=attributes)
 
     def _reduce(self, values: Tensor, axes: Sequence[str]) -> np.ndarray[Any, Any]:
@@ -232,7 +236,8 @@ class _Frame:
             "sign": "a contribution is what is added to the output (the negative of the paper's psi)",
             "closes": "initial + sum(terms) + sum(residual) + sum(omitted) == final",
             "optimizer": question.run.manifest["optimizer"],
-            "rule": question.run.manifest["rule"]["name"],
+            "rule": str(question.run.rule) if question.run.inferred else question.run.rule_name,
+            "inferred": int(question.run.inferred),
             "dtype": str(question.function.dtype),
             "output": type(question.function.output).__name__,
             "first_step": question.steps[0],

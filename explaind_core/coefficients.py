@@ -284,6 +284,9 @@ class UpdateRule(ABC):
         no_closed_form: why there is no recursion to prove the coefficients against, where there is none.
         flat: the optimizer treats all its tensors as one vector: ``coefficients`` is called once a step, with
             vectors over all of them.
+        closed_by_secant: P_s is known only approximately: the engine adds a rank-one secant that makes every step exact
+            (:func:`explaind_core.secant.closed`), and reports its size as the step's correction.
+        inferred: the rule is a guess and not a declaration; every result says so.
         evaluates_elsewhere: the model is evaluated at another point than its gradients are taken at (see
             :meth:`evaluated`), and the optimizer moves the parameters there and back between steps.
 
@@ -302,6 +305,8 @@ class UpdateRule(ABC):
     proved_for: ClassVar[Mapping[str, tuple[object, ...]]] = {}
     no_closed_form: ClassVar[str] = ""
     flat: ClassVar[bool] = False
+    closed_by_secant: ClassVar[bool] = False
+    inferred: ClassVar[bool] = False
     evaluates_elsewhere: ClassVar[bool] = False
 
     @abstractmethod
@@ -347,6 +352,13 @@ class UpdateRule(ABC):
             hyper: the group's own. evaluations: of the closure, by the whole call so far, that at the present
                 point included.
         """
+        return {}
+
+    def check_correction(self, correction: float, step: int) -> None:  # noqa: B027
+        """Refuse a step whose secant is too large to be trusted; a declared rule refuses none."""
+
+    def settings(self) -> dict[str, Any]:
+        """What the rule was made with, to be made again when a run is opened; nothing for most."""
         return {}
 
     def claims(self, optimizer: torch.optim.Optimizer) -> bool:

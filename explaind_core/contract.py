@@ -90,6 +90,7 @@ class StepContribution:
         nodes: the order used. evaluations: nodes evaluated, refinements included.
         converged: whether the residual met the tolerance (always True for a fixed number of nodes).
         update_error: the declared update's relative distance from the recorded one (see decompose).
+        correction: the size of the rank-one secants relative to the update (see decompose).
     """
 
     step: int
@@ -102,6 +103,7 @@ class StepContribution:
     evaluations: int
     converged: bool
     update_error: float
+    correction: float
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,7 @@ def _refine(
         evaluations=evaluations,
         converged=not quadrature.adaptive or best_error <= bound,
         update_error=split.error,
+        correction=split.correction,
     )
     return contribution, rung
 

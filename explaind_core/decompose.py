@@ -13,8 +13,8 @@ once over m_0. ``error_s`` is what the declaration does not explain: rounding, f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from explaind_core.errors import CoefficientError, RecordingError
 from explaind_core.recorded import FLAT, flat_step, recorded_step, split_flat, to_dense
 from explaind_core.replay import Replay, ReplayedStep
 from explaind_core.run import Run
+from explaind_core.secant import closed
 
 __all__ = [
     "ParameterFilter",
@@ -31,6 +32,7 @@ __all__ = [
     "UpdateSplit",
     "by_parameter",
     "decompose",
+    "relative_correction",
     "split_step",
     "split_update",
 ]
@@ -38,12 +40,18 @@ __all__ = [
 
 @dataclass(frozen=True)
 class UpdateSplit:
-    """One parameter's update in float64; each part is what is ADDED to theta. ``prehistory`` is None where zero."""
+    """One parameter's update in float64; each part is what is ADDED to theta. ``prehistory`` is None where zero.
+
+    ``missed`` is what a secant had to add to the preconditioner's update, ``moved`` the update's own size (2-norms,
+    0 for a rule that needs no secant).
+    """
 
     kernel: Tensor
     regularization: Tensor
     prehistory: Tensor | None
     displacement: Tensor
+    missed: float = 0.0
+    moved: float = 0.0
 
     @property
     def declared(self) -> Tensor:
@@ -62,6 +70,7 @@ class StepDecomposition:
         error: ``||declared - displacement|| / ||displacement||`` over all parameters (2-norms; 0 where both are 0).
         rounding: ``eps ||theta_s|| / ||displacement||``: what rounding theta_s to its dtype can cost, in the same unit.
         drift: largest difference between the replayed and the recorded theta_s.
+        correction: the size of the rank-one secants relative to the update, for a rule that is closed by them.
     """
 
     step: int
@@ -71,6 +80,7 @@ class StepDecomposition:
     error: float
     rounding: float
     drift: float
+    correction: float = 0.0
 
 
 class ParameterFilter:
@@ -156,6 +166,13 @@ def split_update(
     coupled = None if _zero(W) else W.apply(recorded.theta)
     inputs = _Inputs(E.apply(recorded.gradient), coupled)
     kernel, decay, prehistory = memory.advance(inputs, declared.filter)
+    missed = moved = 0.0
+    if rule.closed_by_secant:
+        # Where prehistory or decay pass the filter too, the secant closes the whole of what it reads out.
+        out = sum((part for part in (decay, prehistory) if part is not None), kernel)
+        update = -(recorded.displacement + rho.apply(recorded.theta))
+        P, missed = closed(P, out, update)
+        moved, declared = float(update.norm()), replace(declared, preconditioner=P)
     regularization = torch.zeros_like(recorded.theta) if decay is None else -P.apply(decay)
     if not _zero(rho):
         regularization = regularization - rho.apply(recorded.theta)
@@ -164,6 +181,8 @@ def split_update(
         regularization=regularization,
         prehistory=None if prehistory is None else -P.apply(prehistory),
         displacement=recorded.displacement,
+        missed=missed,
+        moved=moved,
     )
     if not torch.isfinite(split.declared).all():
         raise CoefficientError(
@@ -185,6 +204,7 @@ def decompose(run: Run, *, first: int = 1, last: int | None = None) -> Iterator[
     step costs a pass over the gradients before it.
 
     Raises:
+        InferenceError: the rule is inferred and a step's correction above its bound.
         StoreError: the run cannot be replayed here. CoefficientError: the rule's declaration is malformed.
         RecordingError: recording began with a used optimizer whose filter states the rule does not name.
 
@@ -200,8 +220,10 @@ def decompose(run: Run, *, first: int = 1, last: int | None = None) -> Iterator[
     memories: dict[str, ParameterFilter] = {}
     for replayed in replay.steps(until=last):
         splits = {name: split for name, (split, _, _) in split_step(rule, replayed, memories).items()}
+        correction = relative_correction(splits.values())
+        rule.check_correction(correction, replayed.step)
         if replayed.step >= first:
-            yield _with_errors(replayed, by_parameter(rule, replayed, splits))
+            yield _with_errors(replayed, by_parameter(rule, replayed, splits), correction)
 
 
 def split_step(
@@ -247,7 +269,15 @@ def by_parameter(rule: UpdateRule, replayed: ReplayedStep, splits: Mapping[str, 
     }
 
 
-def _with_errors(replayed: ReplayedStep, updates: dict[str, UpdateSplit]) -> StepDecomposition:
+def relative_correction(splits: Iterable[UpdateSplit]) -> float:
+    """``||what secants added|| / ||update||`` over all parameters of a step; 0 where nothing moved."""
+    missed, moved = 0.0, 0.0
+    for split in splits:
+        missed, moved = missed + split.missed**2, moved + split.moved**2
+    return (missed / moved) ** 0.5 if moved else 0.0
+
+
+def _with_errors(replayed: ReplayedStep, updates: dict[str, UpdateSplit], correction: float) -> StepDecomposition:
     # A parameter without gradient is not updated: whatever it moved by nevertheless is error.
     still = [n for n in replayed.theta if n not in updates]
     missed = sum(float((replayed.theta[n].double() - replayed.theta_before[n].double()).square().sum()) for n in still)
@@ -269,4 +299,5 @@ def _with_errors(replayed: ReplayedStep, updates: dict[str, UpdateSplit]) -> Ste
         error=relative(missed),
         rounding=relative(size),
         drift=replayed.drift,
+        correction=correction,
     )

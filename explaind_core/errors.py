@@ -11,6 +11,7 @@ __all__ = [
     "CoefficientError",
     "ConformanceError",
     "ExplaindError",
+    "InferenceError",
     "LayerError",
     "NonFiniteError",
     "PluginError",
@@ -83,6 +84,10 @@ class ProofError(ExplaindError):
 
 class ConformanceError(ExplaindError):
     """A declaration does not explain its optimizer; carries the smallest case found, as code that runs."""
+
+
+class InferenceError(ExplaindError):
+    """An inferred rule explains a step worse than its bound allows."""
 
 
 class RecordingError(ExplaindError):

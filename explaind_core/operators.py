@@ -29,6 +29,7 @@ __all__ = [
     "Scalar",
     "Sum",
     "as_operator",
+    "is_symbolic",
 ]
 
 
@@ -70,6 +71,16 @@ class LinearOperator(ABC):
     __rmul__ = __mul__
 
 
+def is_symbolic(value: object) -> bool:
+    """Whether ``value`` is an expression of symbols, as in :mod:`explaind_core.symbolic`, and no number.
+
+    Example:
+        >>> is_symbolic(0.1)
+        False
+    """
+    return hasattr(value, "free_symbols")  # sympy's own attribute, and nobody else's: sympy need not be imported
+
+
 def _require(condition: bool, what: str, expected: object, got: object) -> None:
     if not condition:
         raise CoefficientError(what, expected=expected, got=got, remedy="correct the operator that the rule declares")
@@ -87,7 +98,7 @@ class Scalar(LinearOperator):
     factor: float
 
     def apply(self, x: Tensor) -> Tensor:  # noqa: D102
-        return x if self.factor == 1 else x * self.factor
+        return x if not is_symbolic(self.factor) and self.factor == 1 else x * self.factor
 
     @property
     def adjoint(self) -> LinearOperator:  # noqa: D102
@@ -310,7 +321,7 @@ def as_operator(value: LinearOperator | float | Tensor, what: str) -> LinearOper
             remedy="say what it does: operators.Diagonal(tensor) multiplies elementwise",
         )
     try:
-        return Scalar(float(value))
+        return Scalar(value if is_symbolic(value) else float(value))
     except (TypeError, ValueError):
         raise CoefficientError(
             f"{what} is not an operator", expected="a number or a LinearOperator", got=type(value).__name__

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from explaind_core import trees
 from explaind_core.batches import BatchLog, copied
-from explaind_core.coefficients import qualified_name
+from explaind_core.coefficients import UpdateRule, qualified_name
 from explaind_core.errors import NonFiniteError, RecordingError, StoreError
 from explaind_core.finite import check_gradients, check_parameters
 from explaind_core.iterations import Evaluation, IterationSplitter
 from explaind_core.losses import describe_loss
-from explaind_core.plugins import Registry, default_registry
+from explaind_core.plugins import RegisteredRule, Registry, default_registry
 from explaind_core.store import FORMAT, VERSION, RunStore
 
 __all__ = ["Recorder"]
@@ -56,6 +56,8 @@ class Recorder:
         snapshot_every: the optimizer's state is kept after every that many steps.
         resume: continue the run at ``path``; the model must stand where its last recorded step left it.
         overwrite: delete the run at ``path`` first.
+        rule: explain the optimizer by this rule, whatever is registered; an :class:`explaind_core.InferredRule` for one
+            that nobody has declared.
         registry: the plugins to look for a rule in; all installed ones by default.
 
     Raises:
@@ -92,11 +94,16 @@ class Recorder:
         snapshot_every: int = 100,
         resume: bool = False,
         overwrite: bool = False,
+        rule: UpdateRule | None = None,
         registry: Registry | None = None,
     ) -> None:
         self._model, self._optimizer, self._loss = model, optimizer, loss
         self._train_size, self._snapshot_every = train_size, snapshot_every  # the former for the manifest
-        self._registered = (registry or default_registry()).rule_for(optimizer)
+        self._registered = (
+            (registry or default_registry()).rule_for(optimizer)
+            if rule is None
+            else RegisteredRule(rule, "given", "given", "-")
+        )
         self._parameters = dict(model.named_parameters())
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         self._check_parameters()
@@ -186,6 +193,9 @@ class Recorder:
                     "name": qualified_name(rule),
                     "package": self._registered.package,
                     "version": self._registered.version,
+                    "inferred": self._registered.rule.inferred,
+                    "closed_by_secant": self._registered.rule.closed_by_secant,
+                    "settings": self._registered.rule.settings(),
                 },
                 "loss": describe_loss(self._loss),
                 "evaluates_elsewhere": self._registered.rule.evaluates_elsewhere,

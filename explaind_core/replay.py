@@ -79,7 +79,8 @@ class Replay:
             if qualified_name(candidate) == name:
                 return candidate
             pending += candidate.__subclasses__()
-        if not any(name in r.rule.optimizers for r in self.run.registry.rules()):
+        known = [r.rule for r in self.run.registry.rules()] + ([self.run.rule] if self.run.rule is not None else [])
+        if not any(name in rule.optimizers for rule in known):
             raise StoreError(
                 f"the optimizer {name} is not known here",
                 where=self.run.path,
@@ -110,7 +111,9 @@ class Replay:
             self.optimizer.state[self._parameters[name]] = trees.map_tensors(torch.clone, entries)
 
     def rule(self) -> RegisteredRule:
-        """The rule the run was recorded with (as registered now)."""
+        """The rule the run was recorded with (as registered now), or the one it is to be explained by."""
+        if self.run.rule is not None:
+            return RegisteredRule(self.run.rule, "given", "given", "-")
         name = self.run.manifest["rule"]["name"]
         registered = self.run.registry.rule_named(name) or self.run.registry.rule_for(self.optimizer)
         if qualified_name(type(registered.rule)) != name:
@@ -119,7 +122,7 @@ class Replay:
                 where=self.run.path,
                 expected=f"{name} of {self.run.manifest['rule']['package']}",
                 got=str(registered),
-                remedy="install the plugin that the run was recorded with",
+                remedy="install the plugin that the run was recorded with, or pass open_run(..., rule=)",
             )
         return registered
 

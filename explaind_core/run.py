@@ -15,6 +15,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from explaind_core import trees
+from explaind_core.coefficients import UpdateRule, qualified_name
 from explaind_core.errors import QuestionError, StoreError
 from explaind_core.losses import LossFunction, rebuild_loss
 from explaind_core.plugins import Registry, default_registry
@@ -82,6 +83,7 @@ class Run:
         model: a private copy of the architecture in evaluation mode, None if none was given.
         loss: the recorded loss if it is one of torch's own or was given, None otherwise.
         complete: whether the recording ended in order.
+        rule: the rule that was given, or inferred; None where the registered one explains the run.
         point: which parameters ``theta`` returns: ``"gradient"`` or ``"evaluated"`` (see :func:`open_run`).
     """
 
@@ -94,10 +96,12 @@ class Run:
         make_optimizer: OptimizerFactory | None = None,
         until: int | None = None,
         point: str = "gradient",
+        rule: UpdateRule | None = None,
         registry: Registry | None = None,
     ) -> None:
         self.store = RunStore(path)
         self.manifest = self.store.read_manifest()
+        self.rule = rule if rule is not None else self._inferred_rule()
         self.point = self._check_point(point)
         self.registry = registry or default_registry()
         self.make_optimizer = make_optimizer
@@ -116,8 +120,49 @@ class Run:
     def __repr__(self) -> str:
         return (
             f"Run({str(self.path)!r}: {len(self.steps)} steps of {self.manifest['optimizer']} on "
-            f"{sum(p.shape.numel() for p in self.parameters.values()):,} parameters)"
+            f"{sum(p.shape.numel() for p in self.parameters.values()):,} parameters"
+            f"{f', explained by {self.rule}' if self.rule is not None and self.rule.inferred else ''})"
         )
+
+    def _inferred_rule(self) -> UpdateRule | None:
+        """The inferred rule that the run was recorded with: nothing but its numbers is needed to make it again."""
+        recorded = self.manifest["rule"]
+        if not recorded.get("inferred"):
+            return None
+        from explaind_core.inferred import InferredRule  # a later stage, which needs a Run to be fitted
+
+        try:
+            return InferredRule(**recorded["settings"])
+        except (KeyError, TypeError) as error:
+            raise StoreError(
+                f"the settings of the run's inferred rule cannot be read: {error}",
+                where=self.path / "manifest.json",
+                expected="the arguments of explaind.InferredRule",
+                got=recorded.get("settings"),
+                remedy="pass open_run(..., rule=explaind.InferredRule(...))",
+            ) from error
+
+    @property
+    def rule_name(self) -> str:
+        """The qualified name of the rule that explains the run."""
+        return self.manifest["rule"]["name"] if self.rule is None else qualified_name(type(self.rule))
+
+    @property
+    def inferred(self) -> bool:
+        """Whether the rule is inferred: a guess that is closed by secants, not a declaration."""
+        return self.rule is not None and self.rule.inferred
+
+    @property
+    def closed_by_secant(self) -> bool:
+        """Whether steps are closed by rank-one secants, whose size results then carry as ``correction``."""
+        declared = bool(self.manifest["rule"].get("closed_by_secant"))
+        return declared if self.rule is None else self.rule.closed_by_secant
+
+    def explained_by(self, rule: UpdateRule) -> Run:
+        """The same run, explained by another rule."""
+        other = copy.copy(self)
+        other.rule = rule
+        return other
 
     @property
     def path(self) -> Path:
@@ -320,6 +365,7 @@ def open_run(
     make_optimizer: OptimizerFactory | None = None,
     until: int | None = None,
     point: str = "gradient",
+    rule: UpdateRule | None = None,
     registry: Registry | None = None,
 ) -> Run:
     """Open a recorded run: lazily, read-only, from any process, without running code from the store.
@@ -334,6 +380,7 @@ def open_run(
         until: open the steps 1..until only.
         point: for optimizers that evaluate the model elsewhere than they take gradients (Schedule-Free):
             ``"gradient"`` explains the training parameters y, ``"evaluated"`` the model after ``optimizer.eval()``, x.
+        rule: explain the run by this rule, and not by the one it was recorded with.
         registry: the plugins to look for rules in; all installed ones by default.
 
     Raises:
@@ -346,4 +393,6 @@ def open_run(
         explaind_core.errors.StoreError: this is not a recorded run
         ...
     """
-    return Run(path, model, loss=loss, make_optimizer=make_optimizer, until=until, point=point, registry=registry)
+    return Run(
+        path, model, loss=loss, make_optimizer=make_optimizer, until=until, point=point, rule=rule, registry=registry
+    )

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from explaind_core.cases import Case
+from explaind_core.coefficients import UpdateRule
 from explaind_core.conformance import Conformance, ConformanceError, check_update_rule, run_case
 from explaind_core.plugins import Registry
 from explaind_core.recorder import Recorder
@@ -24,6 +25,7 @@ def record_example(
     make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
+    rule: UpdateRule | None = None,
     registry: Registry | None = None,
 ) -> Run:
     """Train a two-layer perceptron for a few steps and open its run (in a temporary folder that goes with it).
@@ -31,7 +33,7 @@ def record_example(
     Args:
         steps: how many steps of 8 of the 32 samples (4 features, 3 classes).
         make_optimizer: called with the parameters; AdamW with weight decay by default.
-        registry: the plugins to look for its rule in.
+        rule: explains the run, instead of the registered one. registry: the plugins to look for its rule in.
 
     Example:
         >>> record_example(steps=2).steps
@@ -46,14 +48,14 @@ def record_example(
         optimizer = make_optimizer(model.parameters())
     loss = nn.CrossEntropyLoss()
     folder = tempfile.mkdtemp(prefix="explaind-example-")
-    with Recorder(f"{folder}/run", model, optimizer, loss, train_size=32, registry=registry) as recorder:
+    with Recorder(f"{folder}/run", model, optimizer, loss, train_size=32, rule=rule, registry=registry) as recorder:
         for _ in range(steps):
             ids = torch.randperm(32)[:8]
             optimizer.zero_grad()
             loss(model(inputs[ids]), targets[ids]).backward()
             recorder.batch(inputs[ids], targets[ids], ids=ids)
             optimizer.step()
-    run = open_run(f"{folder}/run", model=model, registry=registry)
+    run = open_run(f"{folder}/run", model=model, rule=rule, registry=registry)
     weakref.finalize(run, _remove, folder)
     return run
 

@@ -28,6 +28,8 @@ class Verification:
         kl: mean ``KL(softmax(f) || softmax(rebuilt))`` in nats; None for J = 1.
         max_error, mean_error: of ``|rebuilt - f|`` over samples and outputs. largest_output: ``max |f|``.
         update_error: the largest relative distance of a declared update from the recorded one.
+        correction: the largest size of a rank-one secant relative to its update; None for a rule that needs none.
+        rule: the rule; an inferred one says so.
         nodes_used: nodes per step on average (accepted). nodes_evaluated: refinements included.
         steps, samples, parameters, asked: what was verified, and with how many nodes.
         result: per step: ``residual`` (step, test, output), ``nodes``, ``converged``, ``update_error``.
@@ -39,6 +41,8 @@ class Verification:
     mean_error: float
     largest_output: float
     update_error: float
+    correction: float | None
+    rule: str
     nodes_used: float
     nodes_evaluated: float
     steps: int
@@ -65,6 +69,8 @@ class Verification:
             ("mean error", f"{self.mean_error:.2e}"),
             ("largest residual of a step", f"{float(per_step[worst]):.2e} (step {int(per_step.step[worst])})"),
             ("largest relative update error", f"{self.update_error:.2e}"),
+            *([] if self.correction is None else [("largest secant, of its update", f"{self.correction:.2e}")]),
+            ("rule", self.rule),
             ("steps x parameters x samples", f"{self.steps} x {self.parameters:,} x {self.samples}"),
             ("steps that missed the tolerance", f"{int((~self.result.converged).sum())}"),
         ]
@@ -149,6 +155,8 @@ def from_result(run: Run, result: xr.Dataset) -> Verification:
         mean_error=float(error.mean()),
         largest_output=float(reference.abs().max()),
         update_error=float(result.update_error.max()),
+        correction=float(result.correction.max()) if "correction" in result else None,
+        rule=f"INFERRED: {result.attrs['rule']}" if result.attrs["inferred"] else str(result.attrs["rule"]),
         nodes_used=float(result.nodes.sum()) / steps,
         nodes_evaluated=float(result.evaluations.sum()) / steps,
         steps=steps,

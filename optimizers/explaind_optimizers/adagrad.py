@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from explaind_core import RecordedStep, StepCoefficients, UpdateRule
@@ -21,6 +23,7 @@ class AdagradRule(UpdateRule):
         {"lr", "lr_decay", "eps", "weight_decay", "initial_accumulator_value", "foreach", "maximize", "fused"}
     )
     fixed = {"differentiable": (False,)}
+    proved_for = {"maximize": (False, True)}
 
     def coefficients(self, step: RecordedStep) -> StepCoefficients:
         """``P_s = lr_t / (sqrt(sum) + eps)``."""
@@ -31,6 +34,14 @@ class AdagradRule(UpdateRule):
             gradient_operator=-1.0 if hyper["maximize"] else 1.0,
             coupled_decay=hyper["weight_decay"],
         )
+
+    def recursion(self, step: Any) -> Any:
+        """As torch documents it."""
+        hyper, state = step.hyper, step.state
+        lr = hyper["lr"] / (1 + (step.clock - 1) * hyper["lr_decay"])
+        g = (-step.gradient if hyper["maximize"] else step.gradient) + hyper["weight_decay"] * step.theta
+        state["sum"] = state.get("sum", hyper["initial_accumulator_value"]) + g**2
+        return step.theta - lr * g / (step.sqrt(state["sum"]) + hyper["eps"])
 
 
 class AdadeltaRule(UpdateRule):
@@ -43,6 +54,7 @@ class AdadeltaRule(UpdateRule):
     optimizers = ("torch.optim.adadelta.Adadelta",)
     options = frozenset({"lr", "rho", "eps", "weight_decay", "maximize", "foreach"})
     fixed = {"capturable": (False,), "differentiable": (False,)}
+    proved_for = {"maximize": (False, True)}
 
     def coefficients(self, step: RecordedStep) -> StepCoefficients:
         """``P_s = lr sqrt(acc_{s-1} + eps) / sqrt(v_s + eps)``."""
@@ -54,3 +66,13 @@ class AdadeltaRule(UpdateRule):
             gradient_operator=-1.0 if hyper["maximize"] else 1.0,
             coupled_decay=hyper["weight_decay"],
         )
+
+    def recursion(self, step: Any) -> Any:
+        """Algorithm 1 of Zeiler, with a learning rate and weight decay, as torch documents it."""
+        hyper, state, rho = step.hyper, step.state, step.hyper["rho"]
+        g = (-step.gradient if hyper["maximize"] else step.gradient) + hyper["weight_decay"] * step.theta
+        state["square_avg"] = rho * state["square_avg"] + (1 - rho) * g**2
+        rms_g, rms_delta = (step.sqrt(state[n] + hyper["eps"]) for n in ("square_avg", "acc_delta"))
+        delta = rms_delta / rms_g * g
+        state["acc_delta"] = rho * state["acc_delta"] + (1 - rho) * delta**2
+        return step.theta - hyper["lr"] * delta

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from explaind_core import LinearFilter, RecordedStep, StepCoefficients, UpdateRule
 from explaind_core.operators import Diagonal
 
@@ -26,6 +29,12 @@ class AdamRule(UpdateRule):
     )
     fixed = {"capturable": (False,), "differentiable": (False,)}
     filter_states = ("exp_avg",)
+    proved_for = {
+        "betas": ((..., ...),),
+        "amsgrad": (False, True),
+        "maximize": (False, True),
+        "decoupled_weight_decay": (False, True),
+    }
     decoupled = False
 
     def coefficients(self, step: RecordedStep) -> StepCoefficients:
@@ -41,9 +50,30 @@ class AdamRule(UpdateRule):
             decoupled_decay=hyper["lr"] * hyper["weight_decay"] if decoupled else 0.0,
         )
 
+    def recursion(self, step: Any) -> Any:
+        """Algorithm 1 of Kingma & Ba, algorithm 2 of Loshchilov & Hutter, and amsgrad as torch does it."""
+        hyper, (beta1, beta2), state, t = step.hyper, step.hyper["betas"], step.state, step.clock
+        theta, g = step.theta, -step.gradient if hyper["maximize"] else step.gradient
+        if hyper["decoupled_weight_decay"]:
+            theta = theta - hyper["lr"] * hyper["weight_decay"] * theta
+        else:
+            g = g + hyper["weight_decay"] * theta
+        m = state["exp_avg"] = beta1 * state["exp_avg"] + (1 - beta1) * g
+        v = state["exp_avg_sq"] = beta2 * state["exp_avg_sq"] + (1 - beta2) * g**2
+        if hyper["amsgrad"]:
+            v = state["max_exp_avg_sq"] = step.max(state["max_exp_avg_sq"], v)
+        m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
+        return theta - hyper["lr"] * m_hat / (step.sqrt(v_hat) + hyper["eps"])
+
+    def alpha(self, s: Any, i: Any, hyper: Mapping[str, Any]) -> Any:
+        """``(1 - b1) b1^(s-i) / (1 - b1^s)`` (paper, Theorem 3.1; the learning rate is in P_s)."""
+        beta1 = hyper["betas"][0]
+        return (1 - beta1) * beta1 ** (s - i) / (1 - beta1**s)
+
 
 class AdamWRule(AdamRule):
     """torch.optim.AdamW (Loshchilov & Hutter, 2019): Adam with ``r_s = lr wd theta_{s-1}``."""
 
     optimizers = ("torch.optim.adamw.AdamW",)
     decoupled = True
+    proved_for = {**AdamRule.proved_for, "decoupled_weight_decay": (True,)}

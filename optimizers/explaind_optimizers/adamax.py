@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from explaind_core import LinearFilter, RecordedStep, StepCoefficients, UpdateRule
 from explaind_core.operators import Diagonal, Scalar
+from explaind_optimizers.adam import AdamRule
 
 __all__ = ["AdamaxRule", "NAdamRule", "RAdamRule"]
 
@@ -18,6 +22,8 @@ class AdamaxRule(UpdateRule):
     options = frozenset({"lr", "betas", "eps", "weight_decay", "maximize", "foreach"})
     fixed = {"capturable": (False,), "differentiable": (False,)}
     filter_states = ("exp_avg",)
+    proved_for = {"betas": ((..., ...),), "maximize": (False, True)}
+    alpha = AdamRule.alpha
 
     def coefficients(self, step: RecordedStep) -> StepCoefficients:
         """``P_s = lr / u_s``."""
@@ -28,6 +34,14 @@ class AdamaxRule(UpdateRule):
             gradient_operator=-1.0 if hyper["maximize"] else 1.0,
             coupled_decay=hyper["weight_decay"],
         )
+
+    def recursion(self, step: Any) -> Any:
+        """Algorithm 2 of Kingma & Ba, with torch's eps."""
+        hyper, (beta1, beta2), state = step.hyper, step.hyper["betas"], step.state
+        g = (-step.gradient if hyper["maximize"] else step.gradient) + hyper["weight_decay"] * step.theta
+        m = state["exp_avg"] = beta1 * state["exp_avg"] + (1 - beta1) * g
+        u = state["exp_inf"] = step.max(beta2 * state["exp_inf"], abs(g) + hyper["eps"])
+        return step.theta - hyper["lr"] / (1 - beta1**step.clock) * m / u
 
 
 class NAdamRule(UpdateRule):
@@ -44,6 +58,7 @@ class NAdamRule(UpdateRule):
     )
     fixed = {"capturable": (False,), "differentiable": (False,)}
     filter_states = ("exp_avg",)
+    proved_for = {"betas": ((..., ...),), "maximize": (False, True), "decoupled_weight_decay": (False, True)}
 
     def coefficients(self, step: RecordedStep) -> StepCoefficients:
         """``C = cm b1, D = cm (1 - b1) + cg``; ``P_s = lr / (sqrt(v^) + eps)``."""
@@ -51,7 +66,7 @@ class NAdamRule(UpdateRule):
         mu, following = (
             beta1 * (1 - 0.5 * 0.96 ** (t * hyper["momentum_decay"])) for t in (step.clock, step.clock + 1)
         )
-        product = float(step.after["mu_product"])
+        product = step.after["mu_product"].item()
         cg, cm = (1 - mu) / (1 - product), following / (1 - product * following)
         second_moment = step.after["exp_avg_sq"] / (1 - beta2**step.clock)
         decoupled = hyper["decoupled_weight_decay"]
@@ -62,6 +77,22 @@ class NAdamRule(UpdateRule):
             coupled_decay=0.0 if decoupled else hyper["weight_decay"],
             decoupled_decay=hyper["lr"] * hyper["weight_decay"] if decoupled else 0.0,
         )
+
+    def recursion(self, step: Any) -> Any:
+        """As torch documents it, in exact arithmetic. alpha has no closed form: prod_t is a product over the schedule."""
+        hyper, (beta1, beta2), state, t = step.hyper, step.hyper["betas"], step.state, step.clock
+        theta, g = step.theta, -step.gradient if hyper["maximize"] else step.gradient
+        if hyper["decoupled_weight_decay"]:
+            theta = theta * (1 - hyper["lr"] * hyper["weight_decay"])
+        else:
+            g = g + hyper["weight_decay"] * theta
+        mu = beta1 * (1 - 0.96 ** (t * hyper["momentum_decay"]) / 2)
+        mu_next = beta1 * (1 - 0.96 ** ((t + 1) * hyper["momentum_decay"]) / 2)
+        state["mu_product"] = state.get("mu_product", 1) * mu
+        m = state["exp_avg"] = beta1 * state["exp_avg"] + (1 - beta1) * g
+        v = state["exp_avg_sq"] = beta2 * state["exp_avg_sq"] + (1 - beta2) * g**2
+        m_hat = mu_next * m / (1 - state["mu_product"] * mu_next) + (1 - mu) * g / (1 - state["mu_product"])
+        return theta - hyper["lr"] * m_hat / (step.sqrt(v / (1 - beta2**t)) + hyper["eps"])
 
 
 class RAdamRule(UpdateRule):
@@ -75,6 +106,8 @@ class RAdamRule(UpdateRule):
     options = frozenset({"lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "maximize", "foreach"})
     fixed = {"capturable": (False,), "differentiable": (False,)}
     filter_states = ("exp_avg",)
+    proved_for = {"betas": ((..., ...),), "maximize": (False, True), "decoupled_weight_decay": (False, True)}
+    alpha = AdamRule.alpha
 
     def coefficients(self, step: RecordedStep) -> StepCoefficients:
         """``P_s = lr r_t sqrt(1 - b2^t) / (sqrt(v) + eps)`` or ``lr``."""
@@ -94,3 +127,21 @@ class RAdamRule(UpdateRule):
             coupled_decay=0.0 if decoupled else hyper["weight_decay"],
             decoupled_decay=hyper["lr"] * hyper["weight_decay"] if decoupled else 0.0,
         )
+
+    def recursion(self, step: Any) -> Any:
+        """Algorithm 2 of Liu et al., with torch's threshold of 5."""
+        hyper, (beta1, beta2), state, t = step.hyper, step.hyper["betas"], step.state, step.clock
+        theta, g = step.theta, -step.gradient if hyper["maximize"] else step.gradient
+        if hyper["decoupled_weight_decay"]:
+            theta = theta * (1 - hyper["lr"] * hyper["weight_decay"])
+        else:
+            g = g + hyper["weight_decay"] * theta
+        m = state["exp_avg"] = beta1 * state["exp_avg"] + (1 - beta1) * g
+        v = state["exp_avg_sq"] = beta2 * state["exp_avg_sq"] + (1 - beta2) * g**2
+        m_hat = m / (1 - beta1**t)
+        rho_inf = 2 / (1 - beta2) - 1
+        rho = rho_inf - 2 * t * beta2**t / (1 - beta2**t)
+        if rho > 5:
+            r = step.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
+            return theta - hyper["lr"] * m_hat * r * step.sqrt(1 - beta2**t) / (step.sqrt(v) + hyper["eps"])
+        return theta - hyper["lr"] * m_hat

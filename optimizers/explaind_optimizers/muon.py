@@ -7,7 +7,7 @@ import math
 import torch
 
 from explaind_core import LinearFilter, RecordedStep, StepCoefficients, UpdateRule
-from explaind_core.operators import Left, LinearOperator, RankOne, Right
+from explaind_core.operators import Left, LinearOperator, Right
 
 __all__ = ["MuonRule"]
 
@@ -17,7 +17,7 @@ class MuonRule(UpdateRule):
 
     ``theta <- (1 - lr wd) theta - lr_adjusted NS(M)``. In exact arithmetic ``NS(M) = L M`` with L a polynomial in
     ``M M^T`` (``M R`` for tall matrices). torch iterates in bfloat16, which no such L reproduces, so the observed
-    update U closes the step by a rank-one secant: ``P[X] = L X + (U - L M) <M, X> / <M, M>``.
+    update U closes the step by a rank-one secant: ``P[X] = L X + (U - L M) <M, X> / <M, M>``, whose size results carry.
     """
 
     optimizers = ("torch.optim.Muon", "torch.optim._muon.Muon")
@@ -25,22 +25,23 @@ class MuonRule(UpdateRule):
         {"lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn"}
     )
     filter_states = ("momentum_buffer",)
+    closed_by_secant = True
+    no_closed_form = (
+        "Newton-Schulz runs in bfloat16 on whole matrices; its exact polynomial is closed by the observed update, "
+        "which an algebraic proof would take for granted"
+    )
 
     def coefficients(self, step: RecordedStep) -> StepCoefficients:
         """``A = mu, B = 1 - mu``, read out as M; ``P_s`` as above."""
         hyper, mu = step.hyper, step.hyper["momentum"]
         c, d = (mu * mu, (1 - mu) * (1 + mu)) if hyper["nesterov"] else (mu, 1 - mu)
+        adjusted = _adjustment(hyper["adjust_lr_fn"], step.theta.shape)
         before = step.before.get("momentum_buffer", torch.zeros_like(step.theta))
         momentum = c * before + d * step.gradient
-        decay = hyper["lr"] * hyper["weight_decay"]
-        observed = -(step.displacement + decay * step.theta)
-        smooth = polynomial(momentum, hyper) * (hyper["lr"] * _adjustment(hyper["adjust_lr_fn"], step.theta.shape))
-        size = float(momentum.square().sum())
-        secant = RankOne((observed - smooth.apply(momentum)) / size, momentum) if size else None
         return StepCoefficients(
             filter=LinearFilter(A=((mu,),), B=(1 - mu,), C=(c,), D=d),
-            preconditioner=smooth if secant is None else smooth + secant,
-            decoupled_decay=decay,
+            preconditioner=polynomial(momentum, hyper) * (hyper["lr"] * adjusted),
+            decoupled_decay=hyper["lr"] * hyper["weight_decay"],
         )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from explaind_core import LinearFilter, RecordedStep, StepCoefficients, UpdateRule
 from explaind_core.operators import Diagonal
 
@@ -19,6 +22,7 @@ class RMSpropRule(UpdateRule):
     options = frozenset({"lr", "momentum", "alpha", "eps", "centered", "weight_decay", "foreach", "maximize"})
     fixed = {"capturable": (False,), "differentiable": (False,)}
     filter_states = ("momentum_buffer",)
+    proved_for = {"momentum": (0, ...), "centered": (False, True), "maximize": (False, True)}
 
     def coefficients(self, step: RecordedStep) -> StepCoefficients:
         """``E_s = 1 / (sqrt(v) + eps)``, ``W_s = wd E_s``, ``P_s = lr``."""
@@ -33,3 +37,20 @@ class RMSpropRule(UpdateRule):
             gradient_operator=Diagonal(-scale if hyper["maximize"] else scale),
             coupled_decay=Diagonal(scale * hyper["weight_decay"]),
         )
+
+    def recursion(self, step: Any) -> Any:
+        """As torch documents it."""
+        hyper, state, a = step.hyper, step.state, step.hyper["alpha"]
+        g = (-step.gradient if hyper["maximize"] else step.gradient) + hyper["weight_decay"] * step.theta
+        v = state["square_avg"] = a * state["square_avg"] + (1 - a) * g**2
+        if hyper["centered"]:
+            state["grad_avg"] = a * state["grad_avg"] + (1 - a) * g
+            v = v - state["grad_avg"] ** 2
+        update = g / (step.sqrt(v) + hyper["eps"])
+        if hyper["momentum"] > 0:
+            update = state["momentum_buffer"] = hyper["momentum"] * state["momentum_buffer"] + update
+        return step.theta - hyper["lr"] * update
+
+    def alpha(self, s: Any, i: Any, hyper: Mapping[str, Any]) -> Any:
+        """``mu^(s-i)``."""
+        return hyper["momentum"] ** (s - i)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from explaind_core import RecordedStep, StepCoefficients, UpdateRule
@@ -20,6 +22,7 @@ class RpropRule(UpdateRule):
     optimizers = ("torch.optim.rprop.Rprop",)
     options = frozenset({"lr", "etas", "step_sizes", "foreach", "maximize"})
     fixed = {"capturable": (False,), "differentiable": (False,)}
+    proved_for = {"etas": ((..., ...),), "step_sizes": ((..., ...),), "maximize": (False, True)}
 
     def coefficients(self, step: RecordedStep) -> StepCoefficients:
         """``P_s = step_size_s / |g_s|`` where the optimizer kept the gradient, else 0."""
@@ -29,6 +32,20 @@ class RpropRule(UpdateRule):
             preconditioner=Diagonal(size.where(kept, 0.0)),
             gradient_operator=-1.0 if step.hyper["maximize"] else 1.0,
         )
+
+    def recursion(self, step: Any) -> Any:
+        """As torch does it: the size grows while the sign stays, and shrinks, with a step left out, where it changes."""
+        hyper, state, (shrink, grow) = step.hyper, step.state, step.hyper["etas"]
+        g = -step.gradient if hyper["maximize"] else step.gradient
+        agreement, size = g * state["prev"], state.get("step_size", hyper["lr"])
+        if agreement > 0:
+            size = size * grow
+        elif agreement < 0:
+            size, g = size * shrink, 0 * g
+        smallest, largest = hyper["step_sizes"]
+        state["step_size"] = step.min(step.max(size, smallest), largest)
+        state["prev"] = g
+        return step.theta - state["step_size"] * step.sign(g)
 
 
 class ASGDRule(UpdateRule):
@@ -41,16 +58,25 @@ class ASGDRule(UpdateRule):
     optimizers = ("torch.optim.asgd.ASGD",)
     options = frozenset({"lr", "lambd", "alpha", "t0", "weight_decay", "foreach", "maximize"})
     fixed = {"capturable": (False,), "differentiable": (False,)}
+    proved_for = {"maximize": (False, True)}
 
     def coefficients(self, step: RecordedStep) -> StepCoefficients:
         """``P_s = eta_{s-1}``, ``rho_s = lambd eta_{s-1}``."""
         hyper = step.hyper
         # Created in the first step as lr in torch's default precision, which is part of the algorithm.
-        eta = step.before.get("eta")
-        rate = float(torch.tensor(hyper["lr"]) if eta is None else eta)
+        default = torch.full((), hyper["lr"], dtype=torch.get_default_dtype())
+        rate = step.before.get("eta", default).item()
         return StepCoefficients(
             preconditioner=rate,
             gradient_operator=-1.0 if hyper["maximize"] else 1.0,
             coupled_decay=hyper["weight_decay"],
             decoupled_decay=hyper["lambd"] * rate,
         )
+
+    def recursion(self, step: Any) -> Any:
+        """As torch does it, in exact arithmetic."""
+        hyper, state = step.hyper, step.state
+        lr, eta = hyper["lr"], state.get("eta", hyper["lr"])
+        g = (-step.gradient if hyper["maximize"] else step.gradient) + hyper["weight_decay"] * step.theta
+        state["eta"] = lr / (1 + hyper["lambd"] * lr * step.clock) ** hyper["alpha"]
+        return step.theta * (1 - hyper["lambd"] * eta) - eta * g

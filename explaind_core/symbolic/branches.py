@@ -1,0 +1,173 @@
+"""Which of two expressions is larger? Where the symbols leave it open, all code runs once for each answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import sympy  # type: ignore[import-untyped]
+
+from explaind_core.errors import ProofError
+
+__all__ = ["Branch", "Datum", "Option", "branches", "current"]
+
+T = TypeVar("T")
+
+
+class Datum(sympy.Symbol):  # type: ignore[misc]
+    """A symbol for data (a gradient, a parameter, a state), unlike a hyper-parameter's."""
+
+
+class Option(sympy.Symbol):  # type: ignore[misc]
+    """A hyper-parameter of which the rule does not say that it is never zero."""
+
+
+class Branch:
+    """Answers to the questions that the symbols leave open, on one way through the code.
+
+    Every question is brought to ``x > 0`` or ``x == 0`` for an expression x.
+
+    Args:
+        prefix: the answers to the first questions; later ones are answered with yes. None: there must be none.
+
+    Attributes:
+        positive, zero: the answers so far. open: the prefixes of the ways not taken.
+    """
+
+    def __init__(self, prefix: tuple[bool, ...] | None = ()) -> None:
+        self._prefix = prefix
+        self._taken: list[bool] = []
+        self.open: list[tuple[bool, ...]] = []
+        self.positive: dict[Any, bool] = {}
+        self.zero: dict[Any, bool] = {}
+
+    def is_positive(self, x: Any) -> bool:
+        """Whether ``x > 0``."""
+        x = self._canonical(x)
+        _refuse_an_option(x)
+        known = False if x.is_nonpositive else x.is_positive
+        if known is None:
+            known = self.positive.get(x)
+        if known is None and (self.positive.get(-x) or self.zero.get(_unsigned(x))):
+            known = False
+        if known is None:
+            known = self.positive[x] = self._choose(f"{x} > 0")
+        return bool(known)
+
+    def is_zero(self, x: Any) -> bool:
+        """Whether ``x == 0``. Two hyper-parameters are never equal: special values are a rule's ``proved_for``."""
+        x = _unsigned(self._canonical(x))
+        _refuse_an_option(x)
+        known = x.is_zero if x.has(Datum) else bool(x.is_zero)
+        if known is None:
+            known = self.zero.get(x)
+        if known is None:
+            above, below = self.positive.get(x), self.positive.get(-x)
+            known = False if above or below else True if above is False and below is False else None
+        if known is None:
+            known = self.zero[x] = False if self._contradicts_zero(x) else self._choose(f"{x} == 0")
+        return bool(known)
+
+    def facts(self, expr: Any) -> Any:
+        """``expr`` with what is known on this way through the code put in."""
+        expr = expr.xreplace(self._zeros())
+        for x, answer in self.positive.items():
+            for symbol, sign in ((x, "positive"), (-x, "negative")):
+                if answer and symbol.is_Symbol:
+                    expr = expr.xreplace({symbol: type(symbol)(symbol.name, **{sign: True})})
+        chosen = {m: self._chosen(m) for m in expr.atoms(sympy.Max, sympy.Min)}
+        nonzero = {x for x, answer in self.zero.items() if not answer}
+        signs = {s: s.args[0] / sympy.Abs(s.args[0]) for s in expr.atoms(sympy.sign) if _unsigned(s.args[0]) in nonzero}
+        return expr.xreplace({**chosen, **signs})
+
+    def holds(self, at: Callable[[Any], Any]) -> bool:
+        """Whether ``at``, which turns expressions into numbers, gives the answers of this way."""
+        positive = all((at(x) > 1e-12) == answer for x, answer in self.positive.items())
+        return positive and all((abs(at(x)) < 1e-12) == answer for x, answer in self.zero.items())
+
+    def __str__(self) -> str:
+        found = [f"{x} {'>' if answer else '<='} 0" for x, answer in self.positive.items()]
+        return ", ".join(found + [f"{x} {'==' if answer else '!='} 0" for x, answer in self.zero.items()])
+
+    def _chosen(self, extremum: Any) -> Any:
+        """The argument that a maximum or minimum of two takes, where the answers tell."""
+        if len(extremum.args) != 2:
+            return extremum
+        a, b = extremum.args
+        for first, second in ((a, b), (b, a)):
+            answer = self.positive.get(self._canonical(first - second))
+            if answer is not None:
+                return first if answer == isinstance(extremum, sympy.Max) else second
+        return extremum
+
+    def _zeros(self) -> dict[Any, Any]:
+        return {x: sympy.S.Zero for x, answer in self.zero.items() if answer and x.is_Symbol}
+
+    def _canonical(self, x: Any) -> Any:
+        x = x.xreplace(self._zeros())
+        return x if x.is_number or _unsigned(x).is_Symbol else sympy.cancel(sympy.together(x))
+
+    def _contradicts_zero(self, symbol: Any) -> bool:
+        """Whether an earlier answer excludes that ``symbol`` is zero."""
+        if not symbol.is_Symbol:
+            return False
+        at = {symbol: sympy.S.Zero}
+        return any(x.xreplace(at).is_positive is (not answer) for x, answer in self.positive.items())
+
+    def _choose(self, question: str) -> bool:
+        if self._prefix is None:
+            raise ProofError(f"whether {question} does not follow from the symbols", remedy="ask inside branches()")
+        place = len(self._taken)
+        if place >= len(self._prefix):
+            self.open.append((*self._taken, False))
+            self._taken.append(True)
+        else:
+            self._taken.append(self._prefix[place])
+        return self._taken[-1]
+
+
+def _unsigned(x: Any) -> Any:
+    return -x if x.could_extract_minus_sign() else x
+
+
+def _refuse_an_option(x: Any) -> None:
+    symbol = _unsigned(x)
+    if isinstance(symbol, Option):
+        raise ProofError(
+            f"whether {symbol} is zero decides what happens, and the rule does not say which values it has",
+            remedy='list them: proved_for = {"momentum": (0, ...)}, where ... is any positive number',
+        )
+
+
+_running: list[Branch] = []
+
+
+def current() -> Branch:
+    """The branch that is being run."""
+    return _running[-1] if _running else Branch(None)
+
+
+def branches(run: Callable[[Branch], T], limit: int = 2000) -> Iterator[tuple[Branch, T]]:
+    """Run ``run`` once for every combination of answers to the questions that its symbols leave open.
+
+    Raises:
+        ProofError: there are more than ``limit`` combinations.
+
+    Example:
+        >>> x = Datum("x", real=True)
+        >>> [(str(way), found) for way, found in branches(lambda way: x if way.is_positive(x) else 0)]
+        [('x > 0', x), ('x <= 0', 0)]
+    """
+    pending: list[tuple[bool, ...]] = [()]
+    for _ in range(limit):
+        branch = Branch(pending.pop())
+        _running.append(branch)
+        try:
+            result = run(branch)
+        finally:
+            _running.pop()
+        pending.extend(branch.open)
+        yield branch, result
+        if not pending:
+            return
+    raise ProofError(f"more than {limit} cases to go through", remedy="list fewer values in proved_for")

@@ -1,0 +1,95 @@
+"""Prodigy."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from explaind_core import LinearFilter, RecordedStep, StepCoefficients
+from explaind_core.operators import Diagonal
+from explaind_optimizers.aside import OptionsAside, ascent
+
+__all__ = ["ProdigyRule", "PytorchOptimizerProdigyRule"]
+
+
+class ProdigyRule(OptionsAside):
+    r"""Prodigy of prodigyopt (Mishchenko & Defazio, 2024): Adam that estimates its own rate d.
+
+    ``m <- b1 m + (1 - b1) d g;  v <- b2 v + (1 - b2) d^2 g^2;  theta <- theta - d lr m / (sqrt(v) + d' eps)``, d' the
+    estimate after this step. d is a number made of all tensors; the optimizer notes it down in its groups. All groups
+    are taken to share betas, ``decouple`` and ``use_bias_correction``: the optimizer reads the first group's.
+    """
+
+    optimizers = ("prodigyopt.prodigy.Prodigy",)
+    options = frozenset(
+        {"lr", "betas", "beta3", "eps", "weight_decay", "decouple", "use_bias_correction", "safeguard_warmup", "d0"}
+        | {"d_coef", "growth_rate", "slice_p", "d", "d_max", "d_hat", "d_numerator", "d_denom", "k"}
+    )
+    fixed = {"fsdp_in_use": (False,)}
+    filter_states = ("exp_avg",)
+
+    def coefficients(self, step: RecordedStep) -> StepCoefficients:
+        """``E_s = d``, ``P_s = d lr / (sqrt(v_s) + d' eps)``, ``W_s = d wd`` or ``rho_s = d lr wd``."""
+        hyper, (beta1, beta2) = step.hyper, step.hyper["betas"]
+        d, k = float(hyper["d"]), hyper["k"]
+        rate = d * hyper["lr"]
+        if hyper["use_bias_correction"]:
+            rate *= math.sqrt(1 - beta2 ** (k + 1)) / (1 - beta1 ** (k + 1))
+        decay, decoupled = hyper["weight_decay"], hyper["decouple"]
+        denominator = step.after["exp_avg_sq"].sqrt() + float(step.hyper_after["d"]) * hyper["eps"]
+        averages = LinearFilter.ema(beta1) if beta1 > 0 else LinearFilter(A=((1.0,),), B=(0.0,), C=(0.0,), D=1.0)
+        if step.hyper_after["k"] == k:  # no gradient but zeros so far: averages, but does not step
+            rate = 0.0
+        elif hyper["lr"] == 0 and beta1 > 0:
+            # Averages stand still, but the largest rate of all groups still moves along them.
+            averages = LinearFilter(A=((1.0,),), B=(0.0,), C=(1.0,), D=0.0)
+            along = step.after["exp_avg"] / denominator + (decay if decoupled else 0.0) * step.theta
+            size = float(along.square().sum())
+            rate = -float((step.displacement * along).sum()) / size if size else 0.0
+        return StepCoefficients(
+            filter=averages,
+            preconditioner=Diagonal(rate / denominator),
+            gradient_operator=d,
+            coupled_decay=0.0 if decoupled else d * decay,
+            decoupled_decay=rate * decay if decoupled else 0.0,
+        )
+
+
+class PytorchOptimizerProdigyRule(OptionsAside):
+    r"""Prodigy of pytorch_optimizer: as :class:`ProdigyRule`, with another clock and another weight decay.
+
+    Without ``eps`` it moves by ``d lr atan2(m, sqrt(v))``. Decay that is not decoupled has no effect: it enters the
+    gradient when that has been used already. All groups are taken to share their learning rate and betas.
+    """
+
+    optimizers = ("pytorch_optimizer.optimizer.prodigy.Prodigy",)
+    options = frozenset(
+        {"lr", "betas", "beta3", "eps", "weight_decay", "weight_decouple", "fixed_decay", "bias_correction", "d0"}
+        | {"safeguard_warmup", "d_coef", "growth_rate", "foreach", "maximize", "step", "d", "d_max", "d_hat"}
+        | {"d_numerator", "d_de_nom"}
+    )
+    filter_states = ("exp_avg",)
+
+    def coefficients(self, step: RecordedStep) -> StepCoefficients:
+        """``P_s = d lr / (sqrt(v_s) + d' eps)``, or ``d lr atan2(m_s, sqrt(v_s)) / m_s``."""
+        hyper, (beta1, beta2), after = step.hyper, step.hyper["betas"], step.hyper_after
+        d, t = float(hyper["d"]), hyper["step"]
+        rate = d * hyper["lr"]
+        if hyper["bias_correction"]:
+            rate /= (1 - beta1**t) / math.sqrt(1 - beta2**t)
+        # With no gradient but zeros it averages, but does not step; the sum over all tensors then stands still.
+        if not step.displacement.any() and after.get("d_de_nom") == hyper.get("d_de_nom"):
+            rate = 0.0
+        m, root = step.after["exp_avg"], step.after["exp_avg_sq"].sqrt()
+        if hyper["eps"] is None:
+            P = torch.where(m != 0, torch.atan2(m, root) / torch.where(m != 0, m, 1.0), 0.0)
+        else:
+            P = 1 / (root + float(after["d"]) * hyper["eps"])
+        decay = hyper["weight_decay"] * (1.0 if hyper["fixed_decay"] else rate)
+        return StepCoefficients(
+            filter=LinearFilter.ema(beta1),
+            preconditioner=Diagonal(P * rate),
+            gradient_operator=d * ascent(hyper),
+            decoupled_decay=decay if hyper["weight_decouple"] and rate else 0.0,
+        )
