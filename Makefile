@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check bench clean
+.PHONY: demo test test-slow check bench optimizers clean
 
 demo: $(VENV)/installed
 	$(BIN)/explaind demo $(ARGS)
@@ -31,3 +31,6 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+optimizers: $(VENV)/installed
+	$(BIN)/python benchmarks/optimizers.py $(ARGS)

@@ -1,4 +1,4 @@
-"""The command line: ``explaind demo``, ``verify``, ``attribute``, ``optimizers``.
+"""The command line: ``explaind demo``, ``verify``, ``attribute``, ``optimizers``, ``check-plugin``.
 
 Exit status 0 means that the check a command names holds; 1 that it does not; 2 that the call was wrong.
 """
@@ -125,12 +125,39 @@ def optimizers() -> None:
     console.print(table)
 
 
-def _model(name: str) -> nn.Module:
-    module, _, attribute = name.partition(":")
+@app.command()
+def check_plugin(
+    rule: Annotated[str, typer.Argument(help="MODULE:RULE, a subclass of explaind.UpdateRule")],
+    examples: Annotated[int, typer.Option(min=1, help="drawn trainings per family")] = 100,
+) -> None:
+    """Run the conformance kit and the symbolic proof on a rule; 0 if it is exact and not disproved."""
+    from explaind_core.coefficients import UpdateRule
+    from explaind_core.verdict import check_plugin as check
+
+    module, _, attribute = rule.partition(":")
+    try:
+        found = getattr(_imported(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise QuestionError(
+            f"the rule cannot be imported: {error}", expected="MODULE:RULE, such as my_package.plugin:MyRule", got=rule
+        ) from error
+    if not (isinstance(found, UpdateRule) or (isinstance(found, type) and issubclass(found, UpdateRule))):
+        raise QuestionError("that is no rule", expected="a subclass of explaind.UpdateRule", got=repr(found))
+    verdict = check(found, max_examples=examples, progress=True)
+    console.print(str(verdict), markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(0 if verdict.holds else 1)
+
+
+def _imported(module: str) -> Any:
     if "" not in sys.path:  # an installed command does not look into the current folder by itself
         sys.path.insert(0, "")
+    return importlib.import_module(module)
+
+
+def _model(name: str) -> nn.Module:
+    module, _, attribute = name.partition(":")
     try:
-        built = getattr(importlib.import_module(module), attribute)()
+        built = getattr(_imported(module), attribute)()
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise QuestionError(
             f"the model cannot be built: {error}", where="--model", expected="MODULE:CALLABLE", got=name

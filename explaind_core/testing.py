@@ -15,8 +15,20 @@ from explaind_core.conformance import Conformance, ConformanceError, check_updat
 from explaind_core.plugins import Registry
 from explaind_core.recorder import Recorder
 from explaind_core.run import Run, open_run
+from explaind_core.trials import Trials
+from explaind_core.verdict import Verdict, check_plugin
 
-__all__ = ["Case", "Conformance", "ConformanceError", "check_update_rule", "record_example", "run_case"]
+__all__ = [
+    "Case",
+    "Conformance",
+    "ConformanceError",
+    "Trials",
+    "Verdict",
+    "check_plugin",
+    "check_update_rule",
+    "record_example",
+    "run_case",
+]
 
 
 def record_example(

@@ -29,17 +29,18 @@ class Branch:
 
     Args:
         prefix: the answers to the first questions; later ones are answered with yes. None: there must be none.
+        known: a branch whose answers hold here too.
 
     Attributes:
         positive, zero: the answers so far. open: the prefixes of the ways not taken.
     """
 
-    def __init__(self, prefix: tuple[bool, ...] | None = ()) -> None:
+    def __init__(self, prefix: tuple[bool, ...] | None = (), known: Branch | None = None) -> None:
         self._prefix = prefix
         self._taken: list[bool] = []
         self.open: list[tuple[bool, ...]] = []
-        self.positive: dict[Any, bool] = {}
-        self.zero: dict[Any, bool] = {}
+        self.positive: dict[Any, bool] = dict(known.positive) if known else {}
+        self.zero: dict[Any, bool] = dict(known.zero) if known else {}
 
     def is_positive(self, x: Any) -> bool:
         """Whether ``x > 0``."""
@@ -79,6 +80,13 @@ class Branch:
         nonzero = {x for x, answer in self.zero.items() if not answer}
         signs = {s: s.args[0] / sympy.Abs(s.args[0]) for s in expr.atoms(sympy.sign) if _unsigned(s.args[0]) in nonzero}
         return expr.xreplace({**chosen, **signs})
+
+    def common(self, other: Branch) -> Branch:
+        """The answers that are the same on both ways."""
+        found = Branch()
+        found.positive = {x: a for x, a in self.positive.items() if other.positive.get(x) == a}
+        found.zero = {x: a for x, a in self.zero.items() if other.zero.get(x) == a}
+        return found
 
     def holds(self, at: Callable[[Any], Any]) -> bool:
         """Whether ``at``, which turns expressions into numbers, gives the answers of this way."""
@@ -147,8 +155,13 @@ def current() -> Branch:
     return _running[-1] if _running else Branch(None)
 
 
-def branches(run: Callable[[Branch], T], limit: int = 2000) -> Iterator[tuple[Branch, T]]:
+def branches(
+    run: Callable[[Branch], T], known: Branch | None = None, limit: int = 2000
+) -> Iterator[tuple[Branch, T]]:
     """Run ``run`` once for every combination of answers to the questions that its symbols leave open.
+
+    Args:
+        run: is told its branch. known: answers that hold for all. limit: how many combinations to go through.
 
     Raises:
         ProofError: there are more than ``limit`` combinations.
@@ -160,7 +173,7 @@ def branches(run: Callable[[Branch], T], limit: int = 2000) -> Iterator[tuple[Br
     """
     pending: list[tuple[bool, ...]] = [()]
     for _ in range(limit):
-        branch = Branch(pending.pop())
+        branch = Branch(pending.pop(), known)
         _running.append(branch)
         try:
             result = run(branch)

@@ -6,11 +6,11 @@ from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 
-from explaind_core.coefficients import OptimizerState, RecordedStep, UpdateRule
+from explaind_core.coefficients import OptimizerState, RecordedStep
 from explaind_core.symbolic.algebra import is_zero, tidy
 from explaind_core.symbolic.branches import Branch, Datum
 from explaind_core.symbolic.tensor import SymbolicTensor, exact
-from explaind_core.symbolic.unroll import NAME, Declared, Unrolled, declare, hyper_parameters
+from explaind_core.symbolic.unroll import NAME, Declared, Path, declare, hyper_parameters
 
 __all__ = ["ClosedForms"]
 
@@ -28,12 +28,11 @@ class ClosedForms:
         declared: alpha_{s,i} by the declaration, for the pairs "s,i" (1 < i < s), "s,s" (s > 1), "s,1" and "1,1", in
             the symbols J and K. Empty where the filter's A changes from step to step or mixes its states.
         own: the same by the rule's ``alpha``; empty where it has none.
-        unrolled: what it was read off.
     """
 
-    def __init__(self, rule: UpdateRule, unrolled: Unrolled) -> None:
-        self._rule, self.unrolled = rule, unrolled
-        self._hyper = hyper_parameters(rule, unrolled.configuration)
+    def __init__(self, path: Path) -> None:
+        self._rule, self._path = path.rule, path
+        self._hyper = hyper_parameters(path.rule, path.configuration)
         self._late, self._early, self._single = (
             self._at(clock, label) for clock, label in ((1 + J + K, "s"), (1 + J, "i"), (1 + J, "s"))
         )
@@ -74,7 +73,7 @@ class ClosedForms:
 
     def _at(self, clock: Any, label: str) -> Declared:
         """The declaration at a general step, with symbols for the state of that step."""
-        last = self.unrolled.steps[-1].state
+        last = self._path.state
 
         def entries(when: str) -> OptimizerState:
             found = {name: SymbolicTensor(self._entry(name, x, when)) for name, x in last.items()}
@@ -100,11 +99,11 @@ class ClosedForms:
         return Datum(f"{name}_{when}", **({"nonnegative": True} if last.expr.is_nonnegative else {"real": True}))
 
     def _alphas(self) -> dict[str, Any]:
-        rows, constant = self._early.A, self.unrolled.constant
+        rows, constant = self._early.A, self._path.constant()
         mixed = any(a != 0 for j, row in enumerate(rows) for k, a in enumerate(row) if j != k)
         if mixed or any(row[j].has(J, Datum) for j, row in enumerate(rows)):
             return {}
-        first = self.unrolled.steps[0].declared
+        first = self._path.steps[0].declared[0]
         born = [*(b.xreplace(constant) for b in first.B), *(sympy.S.Zero for _ in rows[len(first.B) :])]
 
         def between(c: tuple[Any, ...], power: Any, b: Any) -> Any:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from explaind_core.coefficients import UpdateRule
 from explaind_core.errors import ProofError
 from explaind_core.symbolic.algebra import as_symbols, is_zero, linear_coefficients, tidy
 from explaind_core.symbolic.branches import Branch
 from explaind_core.symbolic.closed import ClosedForms
 from explaind_core.symbolic.tensor import exact
-from explaind_core.symbolic.unroll import Unrolled, UnrolledStep
+from explaind_core.symbolic.unroll import Path, UnrolledStep
 
 __all__ = ["Comparison"]
 
@@ -21,34 +20,34 @@ class Comparison:
     """The comparisons for one configuration and one way through the code.
 
     Attributes:
-        rule: the rule. unrolled: its recursion and declaration. branch: the way. where: both in words.
+        path: the rule's recursion and declaration. branch: the way. where: both in words.
     """
 
-    rule: UpdateRule
-    unrolled: Unrolled
+    path: Path
     branch: Branch
     where: str
 
-    def updates(self, step: UnrolledStep) -> None:
-        """The update of one step: every coefficient of a past gradient and parameter."""
+    def update(self) -> None:
+        """The newest update: every coefficient of a past gradient and parameter."""
+        step = self.path.steps[-1]
         terms = self._terms(step)
         differing = [term for term in terms if is_zero(term[1] - term[2], self.branch) is not True]
         # States as symbols may hide that a rule computes them anew: then the whole update decides.
         if differing:
-            whole = self.unrolled.expand(step.expected - step.got)
+            whole = self.path.expand(step.expected - step.got)
             verdict = is_zero(whole, self.branch)
             if verdict is not True:
                 term, expected, got = differing[0]
                 self._refute("its recursion", term, expected, got, step.clock, verdict)
 
-    def states(self, step: UnrolledStep) -> None:
+    def states(self) -> None:
         """The filter's states and the entries of the optimizer's state that ``filter_states`` names."""
-        for m, entry in zip(step.filter_states, self.rule.filter_states, strict=False):
-            expected, got = exact(step.state.get(entry, 0)), exact(m)
-            verdict = is_zero(self.unrolled.expand(expected - got), self.branch)
+        for m, entry in zip(self.path.filter, self.path.rule.filter_states, strict=False):
+            expected, got = exact(self.path.state.get(entry, 0)), exact(m)
+            verdict = is_zero(self.path.expand(expected - got), self.branch)
             if verdict is not True:
                 term = f"the filter's state and the optimizer's {entry!r}, which filter_states names"
-                self._refute("its recursion", term, expected, got, step.clock, verdict)
+                self._refute("its recursion", term, expected, got, len(self.path.steps), verdict)
 
     def alphas(self, forms: ClosedForms) -> None:
         """The rule's ``alpha`` and what it declares, for all s and i."""
@@ -68,7 +67,7 @@ class Comparison:
         found = linear_coefficients(as_symbols(step.expected), [*step.gradients, *step.thetas])
         if found is None:
             return
-        past = [s.declared for s in self.unrolled.steps[: step.clock]]
+        past, constant = step.declared, self.path.constant()
         alphas = [forms.author(step.clock, i) for i in range(1, step.clock + 1)]
         P, rho = past[-1].P, past[-1].rho
         kernel = [-P * a * declared.E for a, declared in zip(alphas, past, strict=True)]
@@ -76,8 +75,8 @@ class Comparison:
         decay[-1] -= rho
         symbols = [*step.gradients, *step.thetas]
         for symbol, expected, got in zip(symbols, found[:-1], [*kernel, *decay], strict=True):
-            at_constant = [as_symbols(x).xreplace(self.unrolled.constant) for x in (expected, got)]
-            verdict = is_zero(self.unrolled.expand(at_constant[0] - at_constant[1]), self.branch)
+            at_constant = [as_symbols(x).xreplace(constant) for x in (expected, got)]
+            verdict = is_zero(self.path.expand(at_constant[0] - at_constant[1]), self.branch)
             if verdict is not True:
                 self._refute("the sums over its alpha()", self._name(symbol, step), *at_constant, step.clock, verdict)
 
@@ -106,7 +105,7 @@ class Comparison:
         sure = "is not" if verdict is False else "could not be proved to be"
         where = self.where if clock is None else f"the update from theta_{clock - 1} to theta_{clock}; {self.where}"
         raise ProofError(
-            f"what {type(self.rule).__name__} declares {sure} {other}: {term}",
+            f"what {type(self.path.rule).__name__} declares {sure} {other}: {term}",
             where=where,
             expected=tidy(expected),
             got=tidy(got),

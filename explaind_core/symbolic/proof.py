@@ -16,7 +16,7 @@ from explaind_core.errors import ProofError
 from explaind_core.symbolic.branches import Branch, branches
 from explaind_core.symbolic.closed import ClosedForms
 from explaind_core.symbolic.compare import Comparison
-from explaind_core.symbolic.unroll import Configuration, Unrolled, configurations
+from explaind_core.symbolic.unroll import Configuration, Path, configurations
 
 __all__ = ["Proof", "ProvedConfiguration", "prove"]
 
@@ -142,24 +142,30 @@ def prove(rule: UpdateRule | type[UpdateRule], steps: int = 3) -> Proof:
 
 def _prove(rule: UpdateRule, configuration: Configuration, steps: int) -> ProvedConfiguration:
     options = ", ".join(f"{n}={_shown(v)}" for n, v in configuration.items())
-    unrolled_ways = list(branches(lambda _: Unrolled(rule, configuration, steps)))
-    for branch, unrolled in unrolled_ways:
-        compare = Comparison(rule, unrolled, branch, _where(options, branch))
-        for step in unrolled.steps:
-            compare.updates(step)
-            compare.states(step)
-    proved = ProvedConfiguration(configuration, {}, None, False, len(unrolled_ways))
+    ways: list[tuple[Branch, Path]] = [(Branch(), Path(rule, configuration))]
+    every: list[tuple[Branch, Path]] = []
+    for _ in range(steps):
+        ahead: dict[Any, tuple[Branch, Path]] = {}
+        for known, path in ways:
+            for branch, longer in branches(lambda _, path=path: path.advance(), known):
+                compare = Comparison(longer, branch, _where(options, branch))
+                compare.update()
+                compare.states()
+                every.append((branch, longer))
+                # Ways that lead to the same state go on together, with what is known on both of them.
+                met = ahead.get(longer.key)
+                ahead[longer.key] = (branch, longer) if met is None else (met[0].common(branch), met[1])
+        ways = list(ahead.values())
+    proved = ProvedConfiguration(configuration, {}, None, False, len(every))
     if any(isinstance(value, list) for value in configuration.values()):
         return proved  # closed forms are for constant hyper-parameters
-    for branch, forms in branches(lambda _: ClosedForms(rule, unrolled_ways[0][1])):
-        Comparison(rule, forms.unrolled, branch, _where(options, branch)).alphas(forms)
+    for branch, forms in branches(lambda _: ClosedForms(ways[0][1])):
+        Comparison(ways[0][1], branch, _where(options, branch)).alphas(forms)
         alpha = forms.alpha(branch)
         proved = replace(proved, alpha=alpha, regularization=forms.regularization(alpha), compared=bool(forms.own))
     if proved.compared:
-        for branch, unrolled in unrolled_ways:
-            compare = Comparison(rule, unrolled, branch, _where(options, branch))
-            for step in unrolled.steps:
-                compare.closed(step, forms)
+        for branch, path in every:
+            Comparison(path, branch, _where(options, branch)).closed(path.steps[-1], forms)
     return proved
 
 

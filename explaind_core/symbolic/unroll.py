@@ -9,16 +9,14 @@ from fractions import Fraction
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
-import torch
-
 from explaind_core.coefficients import OptimizerState, RecordedStep, StepCoefficients, UpdateRule
 from explaind_core.errors import ExplaindError, ProofError
-from explaind_core.operators import LinearOperator
+from explaind_core.operators import LinearOperator, as_operator
 from explaind_core.symbolic.algebra import as_symbols, is_nonnegative, linear_coefficients
 from explaind_core.symbolic.branches import Datum, Option
 from explaind_core.symbolic.tensor import SymbolicTensor, exact
 
-__all__ = ["Declared", "RecursionStep", "Unrolled", "UnrolledStep", "configurations", "declare", "hyper_parameters"]
+__all__ = ["Declared", "Path", "RecursionStep", "UnrolledStep", "configurations", "declare", "hyper_parameters"]
 
 Configuration = Mapping[str, Any]
 NAME = "parameter"
@@ -172,50 +170,49 @@ def _factor(coefficient: Any) -> Any:
 
 @dataclass(frozen=True)
 class UnrolledStep:
-    """One step of both: theta_s - theta_{s-1} by the recursion and by the declaration, and what it is made of.
+    """One step of both: theta_t - theta_{t-1} by the recursion and by the declaration.
 
     Attributes:
         clock: t. gradients: g_1, ..., g_t. thetas: theta_0, ..., theta_{t-1}.
         expected, got: the update by the recursion, and by the declaration.
-        filter_states: the filter's states after the step. state: the recursion's. declared: the coefficients.
+        declared: the coefficients of this step and those before, oldest first.
     """
 
     clock: int
-    gradients: list[Any]
-    thetas: list[Any]
+    gradients: tuple[Any, ...]
+    thetas: tuple[Any, ...]
     expected: Any
     got: Any
-    filter_states: tuple[Any, ...]
-    state: Mapping[str, Any]
-    declared: Declared
+    declared: tuple[Declared, ...]
 
 
-class Unrolled:
-    """Both, unrolled from the start for one configuration.
+@dataclass(frozen=True)
+class Path:
+    """A rule's recursion and declaration, unrolled from the start for one configuration.
 
     The parameter skips the optimizer's step 2, so that its own clock is not the optimizer's. theta_{t-1} is a new
     symbol at every step. State entries that are no filter states become symbols too, so that updates stay linear;
     ``definitions`` has what they stand for.
 
     Attributes:
-        steps: the unrolled steps. definitions: symbol of a state entry -> its expression, oldest first.
-        constant: symbol of a step's hyper-parameter -> the one without a step.
+        rule, configuration: what is unrolled. steps: the steps so far. state: the optimizer's state of the parameter.
+        group: hyper-parameters that the optimizer has set itself. filter: the filter's states.
+        definitions: symbol of a state entry -> its expression, oldest first.
     """
 
-    def __init__(self, rule: UpdateRule, configuration: Configuration, steps: int) -> None:
-        self.rule, self.configuration = rule, configuration
-        self.steps: list[UnrolledStep] = []
-        self.definitions: dict[Any, Any] = {}
-        self.constant: dict[Any, Any] = {}
-        self._gradients: list[Any] = []
-        self._thetas: list[Any] = []
-        self._symbols: dict[Any, Any] = {}
-        self._filter: tuple[Any, ...] = ()
-        self._clock = 0
-        self._state = State({}, self._keep)
-        self._group: dict[str, Any] = {}
-        for _ in range(steps):
-            self._advance()
+    rule: UpdateRule
+    configuration: Configuration
+    steps: tuple[UnrolledStep, ...] = ()
+    state: Mapping[str, Any] = field(default_factory=dict)
+    group: Mapping[str, Any] = field(default_factory=dict)
+    filter: tuple[Any, ...] = ()
+    definitions: Mapping[Any, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What following steps depend on."""
+        entries = (*self.state.items(), *self.group.items())
+        return (*((name, exact(x)) for name, x in entries), *map(exact, self.filter))
 
     def expand(self, expr: Any) -> Any:
         """``expr`` with every state entry's symbol replaced by what it stands for."""
@@ -224,86 +221,93 @@ class Unrolled:
                 expr = expr.xreplace({symbol: definition})
         return expr
 
-    def _hyper(self, label: object) -> dict[str, Any]:
-        return hyper_parameters(self.rule, self.configuration, label) | self._group
+    def constant(self) -> dict[Any, Any]:
+        """Every step's hyper-parameters -> the constant ones."""
+        found = {}
+        once = hyper_parameters(self.rule, self.configuration)
+        for step in self.steps:
+            for name, value in hyper_parameters(self.rule, self.configuration, step.clock).items():
+                several = (value, once[name]) if isinstance(value, tuple) else ((value,), (once[name],))
+                pairs = zip(*several, strict=True)
+                found |= {exact(v): exact(c) for v, c in pairs if isinstance(v, SymbolicTensor)}
+        return found
 
-    def _advance(self) -> None:
-        self._clock += 1
-        t, number = SymbolicTensor(self._clock), SymbolicTensor(self._clock + (self._clock > 1))
-        theta, gradient = (Datum(n, real=True) for n in (f"theta_{self._clock - 1}", f"g_{self._clock}"))
-        self._thetas, self._gradients = [*self._thetas, theta], [*self._gradients, gradient]
-        hyper = OptimizerState(NAME, self._hyper(self._clock), "parameter group")
-        self._remember_constants()
-        before, after_group = dict(self._state), State({}, self._keep)
-        recursion_step = RecursionStep(
-            SymbolicTensor(theta), SymbolicTensor(gradient), hyper, t, number, self._state, after_group
-        )
-        following = self._known(exact(self.rule.recursion(recursion_step)))
-        self._group |= after_group
+    def advance(self) -> Path:
+        """One step further."""
+        clock = len(self.steps) + 1
+        names = _Names(self, clock)
+        number, t = SymbolicTensor(clock + (clock > 1)), SymbolicTensor(clock)
+        theta, gradient = (SymbolicTensor(x) for x in (names.thetas[-1], names.gradients[-1]))
+        hyper = {**hyper_parameters(self.rule, self.configuration, clock), **self.group}
+        group = OptimizerState(NAME, hyper, "parameter group")
+        state, changed = State(self.state, names.keep), State({}, names.keep)
+        following = self.rule.recursion(RecursionStep(theta, gradient, group, t, number, state, changed))
         recorded = RecordedStep(
             name=NAME,
             step=number,  # type: ignore[arg-type]
             clock=t,  # type: ignore[arg-type]
-            hyper=hyper,
-            theta=recursion_step.theta,
-            gradient=recursion_step.gradient,
-            displacement=SymbolicTensor(Datum(f"displacement_{self._clock}", real=True)),  # type: ignore[arg-type]
-            before=OptimizerState(NAME, before, "state before the step, by the rule's recursion,"),
-            after=OptimizerState(NAME, dict(self._state), "state after the step, by the rule's recursion,"),
-            dtype=torch.float64,
-            hyper_after=OptimizerState(NAME, {**hyper, **after_group}, "parameter group after the step"),
+            hyper=group,
+            theta=theta,  # type: ignore[arg-type]
+            gradient=gradient,  # type: ignore[arg-type]
+            displacement=SymbolicTensor(Datum(f"displacement_{clock}", real=True)),  # type: ignore[arg-type]
+            before=OptimizerState(NAME, self.state, "state before the step, by the rule's recursion,"),
+            after=OptimizerState(NAME, dict(state), "state after the step, by the rule's recursion,"),
+            hyper_after=OptimizerState(NAME, {**hyper, **changed}, "parameter group after the step"),
         )
         declared = declare(self.rule, recorded)
-        self.steps.append(
-            UnrolledStep(
-                self._clock,
-                self._gradients,
-                self._thetas,
-                following - theta,
-                self._declared_update(declared, recorded),
-                self._filter,
-                dict(self._state),
-                declared,
-            )
+        got, filtered = self._declared_update(declared.coefficients, theta, gradient)
+        past = self.steps[-1].declared if self.steps else ()
+        step = UnrolledStep(
+            clock,
+            names.gradients,
+            names.thetas,
+            names.known(exact(following)) - theta.expr,
+            got,
+            (*past, declared),
         )
+        return Path(
+            self.rule, self.configuration, (*self.steps, step), dict(state), {**self.group, **changed}, filtered,
+            names.definitions,
+        )  # fmt: skip
 
-    def _declared_update(self, declared: Declared, recorded: RecordedStep) -> Any:
-        found = declared.coefficients
+    def _declared_update(self, found: StepCoefficients, theta: Any, gradient: Any) -> tuple[Any, tuple[Any, ...]]:
+        """The declared theta_t - theta_{t-1}, and the filter's states after it."""
         E, W, P, rho = (
-            getattr(found, n) for n in ("gradient_operator", "coupled_decay", "preconditioner", "decoupled_decay")
+            as_operator(getattr(found, n), n)
+            for n in ("gradient_operator", "coupled_decay", "preconditioner", "decoupled_decay")
         )
-        u = E.apply(recorded.gradient) + W.apply(recorded.theta)
-        new = found.filter.order - len(self._filter)
-        out, self._filter = found.filter.advance((*self._filter, *(SymbolicTensor(0) for _ in range(new))), u)
-        return exact(-P.apply(out) - rho.apply(recorded.theta))
+        new = (SymbolicTensor(0) for _ in range(found.filter.order - len(self.filter)))
+        out, filtered = found.filter.advance((*self.filter, *new), E.apply(gradient) + W.apply(theta))
+        return exact(-P.apply(out) - rho.apply(theta)), filtered
 
-    def _remember_constants(self) -> None:
-        each, once = (hyper_parameters(self.rule, self.configuration, label) for label in (self._clock, ""))
-        for name, value in each.items():
-            values = value if isinstance(value, tuple) else (value,)
-            plain = once[name] if isinstance(value, tuple) else (once[name],)
-            pairs = zip(values, plain, strict=True)
-            self.constant |= {exact(v): exact(c) for v, c in pairs if isinstance(v, SymbolicTensor)}
 
-    def _known(self, expr: Any) -> Any:
-        """Definitions that an author wrote out, instead of reading the state entry back, as the entry's symbol."""
-        return expr.xreplace(self._symbols)
+class _Names:
+    """The symbols of one more step, and for state entries."""
 
-    def _keep(self, name: str, value: SymbolicTensor) -> SymbolicTensor:
+    def __init__(self, path: Path, clock: int) -> None:
+        past = path.steps[-1] if path.steps else None
+        self._rule, self._clock = path.rule, clock
+        self.gradients = (*(past.gradients if past else ()), Datum(f"g_{clock}", real=True))
+        self.thetas = (*(past.thetas if past else ()), Datum(f"theta_{clock - 1}", real=True))
+        self.definitions = dict(path.definitions)
+
+    def known(self, expr: Any) -> Any:
+        """``expr`` with the symbols of state entries that it writes out instead of reading them back."""
+        return expr.xreplace({x: symbol for symbol, x in self.definitions.items() if x.has(Datum)})
+
+    def keep(self, name: str, value: SymbolicTensor) -> SymbolicTensor:
         """A state entry: itself where it is a filter's state or nothing much, else a symbol that is given."""
-        expr = self._known(value.expr)
+        expr = self.known(value.expr)
         simple = not expr.args or not (-expr).args
-        if simple or name in self.rule.filter_states or (not self.rule.filter_states and self._is_linear(expr)):
+        if simple or name in self._rule.filter_states or (not self._rule.filter_states and self._is_linear(expr)):
             return SymbolicTensor(expr)
         label = f"{name}_{self._clock}"
         while any(symbol.name == label for symbol in self.definitions):
             label += "'"
         symbol = Datum(label, **({"nonnegative": True} if is_nonnegative(expr) else {"real": True}))
         self.definitions[symbol] = expr
-        if expr.has(Datum):
-            self._symbols[expr] = symbol
         return SymbolicTensor(symbol)
 
     def _is_linear(self, expr: Any) -> bool:
-        found = linear_coefficients(as_symbols(expr), [*self._gradients, *self._thetas])
+        found = linear_coefficients(as_symbols(expr), [*self.gradients, *self.thetas])
         return found is not None and any(c != 0 for c in found[:-1])

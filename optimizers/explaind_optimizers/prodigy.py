@@ -47,11 +47,12 @@ class ProdigyRule(OptionsAside):
             along = step.after["exp_avg"] / denominator + (decay if decoupled else 0.0) * step.theta
             size = float(along.square().sum())
             rate = -float((step.displacement * along).sum()) / size if size else 0.0
+        scale = d if beta1 > 0 else float(step.hyper_after["d"])  # without averages it takes the new estimate
         return StepCoefficients(
             filter=averages,
             preconditioner=Diagonal(rate / denominator),
-            gradient_operator=d,
-            coupled_decay=0.0 if decoupled else d * decay,
+            gradient_operator=scale,
+            coupled_decay=0.0 if decoupled else scale * decay,
             decoupled_decay=rate * decay if decoupled else 0.0,
         )
 
@@ -79,8 +80,7 @@ class PytorchOptimizerProdigyRule(OptionsAside):
         if hyper["bias_correction"]:
             rate /= (1 - beta1**t) / math.sqrt(1 - beta2**t)
         # With no gradient but zeros it averages, but does not step; the sum over all tensors then stands still.
-        if not step.displacement.any() and after.get("d_de_nom") == hyper.get("d_de_nom"):
-            rate = 0.0
+        moves = bool(step.displacement.any()) or after.get("d_de_nom") != hyper.get("d_de_nom")
         m, root = step.after["exp_avg"], step.after["exp_avg_sq"].sqrt()
         if hyper["eps"] is None:
             P = torch.where(m != 0, torch.atan2(m, root) / torch.where(m != 0, m, 1.0), 0.0)
@@ -89,7 +89,7 @@ class PytorchOptimizerProdigyRule(OptionsAside):
         decay = hyper["weight_decay"] * (1.0 if hyper["fixed_decay"] else rate)
         return StepCoefficients(
             filter=LinearFilter.ema(beta1),
-            preconditioner=Diagonal(P * rate),
+            preconditioner=Diagonal(P * (rate if moves else 0.0)),
             gradient_operator=d * ascent(hyper),
-            decoupled_decay=decay if hyper["weight_decouple"] and rate else 0.0,
+            decoupled_decay=decay if hyper["weight_decouple"] and moves else 0.0,
         )
