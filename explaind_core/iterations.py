@@ -38,13 +38,13 @@ class Iteration:
     Attributes:
         groups: the hyper-parameters under which one call of ``step(closure)`` makes it.
         evaluations: what that call is told, the one at its starting point first.
-        theta: the parameters after it. state: the optimizer's state after it, by parameter name.
+        theta: the parameters after it. state: the optimizer's state after it, where it was asked for.
     """
 
     groups: list[dict[str, Any]]
     evaluations: tuple[Evaluation, ...]
     theta: dict[str, Tensor]
-    state: dict[str, dict[str, Any]]
+    state: dict[str, dict[str, Any]] | None
 
 
 class IterationSplitter:
@@ -77,9 +77,16 @@ class IterationSplitter:
         return self._rule.iterations(merged) or 0
 
     def split(
-        self, evaluations: Sequence[Evaluation], groups: Sequence[Mapping[str, Any]], count: int, step: int
+        self,
+        evaluations: Sequence[Evaluation],
+        groups: Sequence[Mapping[str, Any]],
+        count: int,
+        step: int,
+        snapshot_every: int,
     ) -> list[Iteration]:
-        """The ``count`` iterations of one call of ``step(closure)``.
+        """The ``count`` iterations of one call of ``step(closure)``; the first one is step ``step``.
+
+        States are kept of those whose step is a multiple of ``snapshot_every``.
 
         Raises:
             RecordingError: the evaluations do not lead to ``count`` iterations.
@@ -104,7 +111,9 @@ class IterationSplitter:
             self._move_to(current.theta, mine)
             self._shadow.step(closure)
             theta = {name: p.detach().clone() for name, p in self._parameters.items()}
-            found.append(Iteration(mine, tuple(told), theta, self._state()))
+            # A copy: the next iteration changes tensors and lists of the state in place.
+            state = _cloned(self._state()) if (step + index) % snapshot_every == 0 else None
+            found.append(Iteration(mine, tuple(told), theta, state))
             if index + 1 < count:
                 # A line search has evaluated the new iterate already; without one it is evaluated next.
                 here = [evaluation for evaluation in told if _same(evaluation.theta, theta)]

@@ -415,7 +415,7 @@ class Recorder:
 
     def _finish_iterations(self, splitter: IterationSplitter, pending: _Pending, theta: dict[str, Tensor]) -> None:
         count = splitter.count(self._optimizer) - pending.iterations
-        found = splitter.split(pending.evaluations, pending.groups, count, self.steps + 1)
+        found = splitter.split(pending.evaluations, pending.groups, count, self.steps + 1, self._snapshot_every)
         reached = found[-1].theta if found else self._last
         for name, value in theta.items():
             if not torch.equal(reached[name], value):

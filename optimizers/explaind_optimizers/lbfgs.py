@@ -18,31 +18,33 @@ __all__ = ["LBFGSRule", "TwoLoop"]
 class TwoLoop(LinearOperator):
     """The inverse Hessian of L-BFGS (Nocedal, 1980), applied by its two loops; it is symmetric.
 
-    ``H_0 = scale I;  H_{j+1} = V_j^T H_j V_j + ro_j s_j s_j^T`` with ``V_j = I - ro_j y_j s_j^T``, ``ro_j = 1 / <y_j, s_j>``.
+    ``H_0 = scale I;  H_{j+1} = V_j^T H_j V_j + ro_j s_j s_j^T`` with ``V_j = I - ro_j y_j s_j^T`` and
+    ``ro_j = 1 / <y_j, s_j>``.
 
     Args:
-        scale: H_0's factor. differences: y_j, of gradients. moves: s_j, of parameters; the oldest first.
+        scale: H_0's factor. differences: y_j, of gradients. moves: s_j, of parameters; the oldest first. ro: ro_j.
 
     Example:
         >>> y, s = torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0])
-        >>> TwoLoop(0.5, (y,), (s,)).apply(y)  # the secant equation H y = s
+        >>> TwoLoop(0.5, (y,), (s,), (0.5,)).apply(y)  # the secant equation H y = s
         tensor([1., 0.])
     """
 
     scale: float
     differences: Sequence[Tensor]
     moves: Sequence[Tensor]
+    ro: Sequence[float]
 
     def apply(self, x: Tensor) -> Tensor:
-        """Both loops."""
-        pairs = [(y, s, s.dot(y)) for y, s in zip(self.differences, self.moves, strict=True)]
+        """Both loops, in torch's own order of operations: a noisy pair has a huge ro_j, which amplifies rounding."""
+        pairs = list(zip(self.differences, self.moves, self.ro, strict=True))
         weights = []
-        for y, s, product in reversed(pairs):
-            weights.append(s.dot(x) / product)
-            x = x - weights[-1] * y
+        for y, s, ro in reversed(pairs):
+            weights.append(float(s.dot(x) * ro))
+            x = x.add(y, alpha=-weights[-1])
         x = x * self.scale
-        for y, s, product in pairs:
-            x = x + (weights.pop() - y.dot(x) / product) * s
+        for y, s, ro in pairs:
+            x = x.add(s, alpha=weights.pop() - float(y.dot(x) * ro))
         return x
 
     @property
@@ -77,5 +79,6 @@ class LBFGSRule(UpdateRule):
         """``P_s = t_s H_s``; 0 where the iteration found no descent and stayed."""
         after = step.after
         moved = bool(step.displacement.any())
-        inverse = TwoLoop(float(after["H_diag"]), tuple(after["old_dirs"]), tuple(after["old_stps"]))
+        ro = tuple(map(float, after["ro"]))
+        inverse = TwoLoop(float(after["H_diag"]), tuple(after["old_dirs"]), tuple(after["old_stps"]), ro)
         return StepCoefficients(preconditioner=inverse * float(after["t"]) if moved else 0.0)

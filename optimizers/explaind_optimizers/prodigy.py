@@ -38,18 +38,18 @@ class ProdigyRule(OptionsAside):
             rate *= math.sqrt(1 - beta2 ** (k + 1)) / (1 - beta1 ** (k + 1))
         decay, decoupled = hyper["weight_decay"], hyper["decouple"]
         denominator = step.after["exp_avg_sq"].sqrt() + float(step.hyper_after["d"]) * hyper["eps"]
-        averages = LinearFilter.ema(beta1) if beta1 > 0 else LinearFilter(A=((1.0,),), B=(0.0,), C=(0.0,), D=1.0)
-        if step.hyper_after["k"] == k:  # no gradient but zeros so far: averages, but does not step
+        filter_ = LinearFilter.ema(beta1)
+        if beta1 == 0 or hyper["lr"] == 0:  # averages stand still, if there are any
+            filter_ = LinearFilter(A=((1.0,),), B=(0.0,), C=(float(beta1 > 0),), D=float(beta1 == 0))
+        if step.hyper_after["k"] == k:  # no gradient but zeros so far: it does not step
             rate = 0.0
-        elif hyper["lr"] == 0 and beta1 > 0:
-            # Averages stand still, but the largest rate of all groups still moves along them.
-            averages = LinearFilter(A=((1.0,),), B=(0.0,), C=(1.0,), D=0.0)
+        elif hyper["lr"] == 0 and beta1 > 0:  # the largest rate of all groups moves this one along its averages
             along = step.after["exp_avg"] / denominator + (decay if decoupled else 0.0) * step.theta
             size = float(along.square().sum())
             rate = -float((step.displacement * along).sum()) / size if size else 0.0
         scale = d if beta1 > 0 else float(step.hyper_after["d"])  # without averages it takes the new estimate
         return StepCoefficients(
-            filter=averages,
+            filter=filter_,
             preconditioner=Diagonal(rate / denominator),
             gradient_operator=scale,
             coupled_decay=0.0 if decoupled else scale * decay,

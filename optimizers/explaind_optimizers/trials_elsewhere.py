@@ -62,7 +62,7 @@ SOAP = draws(
 WHOLE = draws(SOAP, precondition_1d=SWITCH, max_precondition_dim=among(3, 4, 10000))
 SHAMPOO = draws(
     SOME, weight_decouple=SWITCH, fixed_decay=SWITCH, preconditioning_compute_steps=among(1, 2),
-    matrix_eps=among(1e-6, 1e-2), maximize=SWITCH,
+    matrix_eps=among(1e-2, 1.0), maximize=SWITCH,
 )  # fmt: skip
 # An interpolation that changes has no one evaluated point: eval() and train() then do not invert each other.
 MIXED = draws(SOME, r=among(0.0, 0.5), weight_lr_power=among(0.0, 2.0), momentum=among(0.5, 0.9))
@@ -147,8 +147,8 @@ TABLE: dict[str, Entry] = {
         draws(COMMON, ESTIMATES, bias_correction=SWITCH, eps=among(1e-8, 1e-3, None)), draws(weight_decay=DECAY),
     ),
     "Prodigy, one group": Entry(
-        ProdigyRule, "prodigyopt:Prodigy", draws(ESTIMATES, eps=EPS, weight_decay=DECAY, decouple=SWITCH),
-        draws(SOME, betas=BETAS), groups=1,
+        ProdigyRule, "prodigyopt:Prodigy", draws(ESTIMATES, betas=st.just((0.9, 0.999)), eps=EPS, decouple=SWITCH),
+        draws(SOME, betas=st.tuples(BETA, among(0.5, 0.999))), groups=1,  # 0 has no averages to go on with
     ),
     "Prodigy of pytorch_optimizer, one group": Entry(
         PytorchOptimizerProdigyRule, PO + "Prodigy", draws(COMMON, ESTIMATES), draws(SOME, betas=BETAS), groups=1
@@ -167,9 +167,14 @@ TABLE: dict[str, Entry] = {
         shapes=((4, 5), (2, 3, 2), (2, 3, 2, 4)),
     ),
     "Shampoo": Entry(ShampooRule, PO + "Shampoo", SHAMPOO, SOME),
+    # K has the norm matrix_eps^(-1/2n) across what gradients there were so far, and rounding is multiplied by it.
+    "Shampoo, small eps": Entry(
+        ShampooRule, PO + "Shampoo", draws(SHAMPOO, matrix_eps=st.just(1e-6)), SOME, tolerance=1e-12
+    ),
+    # With momentum it is multiplied again in every step.
     "Shampoo with momentum": Entry(
-        ShampooRule, PO + "Shampoo", draws(SHAMPOO, momentum=among(0.5, 0.9)), draws(SOME, momentum=MOMENTUM),
-        tolerance=1e-12,  # K is applied again and again, and its norm is matrix_eps to a negative power
+        ShampooRule, PO + "Shampoo", draws(SHAMPOO, momentum=among(0.5, 0.9), matrix_eps=among(1e-6, 1e-2)),
+        draws(SOME, momentum=MOMENTUM), tolerance=1e-11,
     ),
     "SophiaH": Entry(
         SophiaHRule, PO + "SophiaH",
