@@ -136,6 +136,10 @@ def _clone(tree: Any) -> Any:
     return trees.map_tensors(lambda t: t.detach().clone(), tree)
 
 
+def _number_or_copy(tensor: Tensor) -> Any:
+    return tensor.item() if tensor.numel() == 1 else tensor.detach().clone()
+
+
 def observed(rule: UpdateRule, make_optimizer: MakeOptimizer, case: Case) -> list[ReplayedStep]:
     """Train, looking at the optimizer before and after every step; nothing is stored."""
     training = _Training(make_optimizer, case)
@@ -144,9 +148,15 @@ def observed(rule: UpdateRule, make_optimizer: MakeOptimizer, case: Case) -> lis
     steps: list[ReplayedStep] = []
     seen: dict[str, Any] = {}
 
+    aside = rule.options_aside(optimizer)
+
     def hyper() -> dict[str, dict[str, Any]]:
-        plain = [trees.map_tensors(lambda t: t.item() if t.numel() == 1 else t, {**g, "params": [names[id(p)] for p in g["params"]]}) for g in optimizer.param_groups]  # fmt: skip  # noqa: E501
-        return {n: _clone({k: v for k, v in g.items() if k != "params"}) for g in plain for n in g["params"]}
+        found: dict[str, dict[str, Any]] = {}
+        for group in optimizer.param_groups:
+            values = {k: v for k, v in {**aside, **group}.items() if k not in ("params", "param_names")}
+            for parameter in group["params"]:
+                found[names[id(parameter)]] = trees.map_tensors(_number_or_copy, values)
+        return found
 
     def state() -> dict[str, dict[str, Any]]:
         return {n: _clone(dict(optimizer.state[p])) for n, p in parameters.items() if p in optimizer.state}

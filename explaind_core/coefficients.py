@@ -278,10 +278,12 @@ class UpdateRule(ABC):
         fixed: hyper-parameters that it models at the listed values only.
         filter_states: the optimizer-state entries that hold the filter's states m, in order. Needed for
             runs whose recording starts with a non-empty state.
-        proved_for: option -> values that :func:`explaind_core.symbolic.prove` goes through, in every combination. ``...``
-            stands for any positive number, ``(..., ...)`` for a pair of them, a list for one value a step. An option
-            that is not listed is any positive number.
+        proved_for: option -> values that :func:`explaind_core.symbolic.prove` goes through, in every combination.
+            ``...`` stands for any positive number, ``(..., ...)`` for a pair of them, a list for one value a step. An
+            option that is not listed is any positive number.
         no_closed_form: why there is no recursion to prove the coefficients against, where there is none.
+        attributes: constructor option -> the optimizer's attribute that holds it, for options that it does not keep in
+            its parameter groups; they are checked, recorded and shown as if they stood there.
         flat: the optimizer treats all its tensors as one vector: ``coefficients`` is called once a step, with
             vectors over all of them.
         closed_by_secant: P_s is known only approximately: the engine adds a rank-one secant that makes every step exact
@@ -304,6 +306,7 @@ class UpdateRule(ABC):
     filter_states: ClassVar[tuple[str, ...]] = ()
     proved_for: ClassVar[Mapping[str, tuple[object, ...]]] = {}
     no_closed_form: ClassVar[str] = ""
+    attributes: ClassVar[Mapping[str, str]] = {}
     flat: ClassVar[bool] = False
     closed_by_secant: ClassVar[bool] = False
     inferred: ClassVar[bool] = False
@@ -326,7 +329,7 @@ class UpdateRule(ABC):
         return NotImplemented
 
     def alpha(self, s: Any, i: Any, hyper: Mapping[str, Any]) -> Any:  # noqa: ARG002
-        """The step learning rate ``alpha_{s,i}``, i <= s, in closed form at constant hyper-parameters, if there is one."""
+        """The step learning rate ``alpha_{s,i}`` for i <= s, in closed form, at constant hyper-parameters."""
         return NotImplemented
 
     def evaluated(self, theta: Tensor, state: Mapping[str, Any], hyper: Mapping[str, Any]) -> Tensor:  # noqa: ARG002
@@ -364,6 +367,12 @@ class UpdateRule(ABC):
     def claims(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether this rule speaks for ``optimizer``: by the exact name of its class."""
         return qualified_name(type(optimizer)) in self.optimizers
+
+    def options_aside(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The options that ``optimizer`` keeps as attributes of itself (see ``attributes``)."""
+        return {
+            option: getattr(optimizer, held) for option, held in self.attributes.items() if hasattr(optimizer, held)
+        }
 
     def check_options(self, group: Mapping[str, Any], names: Sequence[str]) -> None:
         """Refuse a parameter group that uses an option this rule does not model.

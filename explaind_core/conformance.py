@@ -353,7 +353,7 @@ def _refuted(rule: UpdateRule, make_optimizer: MakeOptimizer, case: Case, what: 
     return ConformanceError(
         f"{kind.__name__} does not explain {maker}: {what}",
         where="the smallest case found; this runs:\n"
-        f"from explaind_core.conformance import Case, run_case\n"
+        f"from explaind_core.testing import Case, run_case\n"
         f"from {kind.__module__} import {kind.__qualname__}\n"
         f"from {module} import {maker}\n"
         f"print(run_case({kind.__qualname__}(), {maker}, {_code(case)}))",

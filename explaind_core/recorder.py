@@ -150,11 +150,13 @@ class Recorder:
 
     def _groups(self) -> list[dict[str, Any]]:
         """Every group's hyper-parameters as they stand, with the names of its parameters, checked against the rule."""
-        groups = []
+        groups, rule = [], self._registered.rule
+        aside = rule.options_aside(self._optimizer)
         for group in self._optimizer.param_groups:
-            self._registered.rule.check_options(group, list(self._optimizer.defaults))
+            rule.check_options({**aside, **group}, [*self._optimizer.defaults, *aside])
             entry: dict[str, Any] = {"params": [self._names[id(p)] for p in group["params"]]}
-            entry |= {key: _plain(value) for key, value in group.items() if key not in ("params", "param_names")}
+            values = {**aside, **group}
+            entry |= {key: _plain(value) for key, value in values.items() if key not in ("params", "param_names")}
             groups.append(entry)
         return groups
 
