@@ -385,7 +385,9 @@ class UpdateRule(ABC):
             UnsupportedOptionError: naming the option, its value and the values that are modelled.
         """
         for name in names:
-            value = group.get(name)
+            if name not in group:  # torch adds names to a loaded optimizer's defaults that its groups do not have
+                continue
+            value = group[name]
             if name in self.options or value in self.fixed.get(name, ()):
                 continue
             modelled = f"{name} in {list(self.fixed[name])}" if name in self.fixed else sorted(self.options)

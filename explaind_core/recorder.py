@@ -230,7 +230,7 @@ class Recorder:
         start = run.buffers(0)
         self._ever_changed = {n for n, b in self._buffers.items() if n not in start or not torch.equal(b, start[n])}
         for name, parameter in self._parameters.items():
-            if not torch.equal(self._last[name], copied(parameter)):
+            if not self._untouched(self._last[name], copied(parameter)):
                 raise RecordingError(
                     f"the model does not stand where step {self.steps} of the run left it",
                     where=f"parameter {name!r}",

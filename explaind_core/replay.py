@@ -8,6 +8,7 @@ parameters checks the recording.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -211,12 +212,19 @@ class Replay:
                 self.optimizer.add_param_group(values)
 
     def state_after(self, s: int) -> State:
-        """The optimizer's state after step s, replayed from the nearest snapshot at or before it."""
-        start = max(k for k in self.run.snapshots() if k <= s)
+        """The optimizer's state after step s, replayed from the nearest snapshot before it."""
+        # The last step is made in any case: only the optimizer itself knows what it leaves in its groups.
+        start = max(k for k in self.run.snapshots() if k < s or k == 0)
         self._load(self.run.optimizer_state(start))
         for _ in self.steps(start=start, until=s):
             pass
         return self._state()
+
+    def counters(self) -> list[dict[str, Any]]:
+        """What the optimizer keeps in its groups beside its constructor's options: counters, estimates."""
+        options = inspect.signature(type(self.optimizer)).parameters
+        known = {*options, "params", "param_names", "initial_lr"}
+        return [{k: v for k, v in group.items() if k not in known} for group in self.optimizer.param_groups]
 
 
 def _number(tensor: Tensor) -> Any:

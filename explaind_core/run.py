@@ -334,7 +334,8 @@ class Run:
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, s: int | None = None) -> int:
         """Put a model and an optimizer where step s (the last by default) left them, to train on from there.
 
-        The optimizer's state is replayed from the nearest snapshot with the recorded gradients.
+        The optimizer's state is replayed from the nearest snapshot with the recorded gradients, and so are the
+        counters that some optimizers keep in their groups; options, such as a learning rate, are the loop's business.
 
         Returns:
             s.
@@ -342,7 +343,8 @@ class Run:
         from explaind_core.replay import Replay  # the next stage, borrowed: replay needs a Run
 
         s = len(self.steps) if s is None else self.check_step(s, first=0)
-        state = Replay(self).state_after(s)
+        replay = Replay(self)
+        state = replay.state_after(s)
         theta, buffers = self.theta(s, point="gradient"), self.buffers(s)
         named = dict(model.named_parameters())
         self._check_model(model)
@@ -354,6 +356,8 @@ class Run:
         optimizer.state.clear()  # a parameter without recorded state has none
         for name, entries in state.items():
             optimizer.state[named[name]] = entries
+        for group, counters in zip(optimizer.param_groups, replay.counters(), strict=False):
+            group.update(counters)
         return s
 
 
