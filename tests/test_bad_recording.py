@@ -49,10 +49,14 @@ def loop(tmp_path):
 
 
 def test_an_optimizer_without_a_rule_names_what_there_is(tmp_path):
+    class Unknown(torch.optim.Optimizer):
+        def __init__(self, params, lr=0.1):
+            super().__init__(params, {"lr": lr})
+
     with pytest.raises(errors.RuleNotFoundError) as caught:
-        Loop(tmp_path / "run", torch.optim.LBFGS)
+        Loop(tmp_path / "run", Unknown)
     text = str(caught.value)
-    assert "no registered rule speaks for the optimizer torch.optim.lbfgs.LBFGS" in text
+    assert f"no registered rule speaks for the optimizer {Unknown.__module__}." in text
     assert "torch.optim.adamw.AdamW" in text
     assert "subclass of explaind.UpdateRule" in text
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,204 @@
+"""Writes a run, step by step, so that it can be read and continued whenever it stops."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from explaind_core import trees
+from explaind_core.batches import BatchLog, copied
+from explaind_core.coefficients import qualified_name
+from explaind_core.errors import RecordingError, StoreError
+from explaind_core.finite import check_parameters
+from explaind_core.iterations import Evaluation
+from explaind_core.losses import describe_loss
+from explaind_core.store import FORMAT, VERSION, RunStore
+from explaind_core.subject import Subject
+
+__all__ = ["RunWriter", "SeenStep"]
+
+
+@dataclass
+class SeenStep:
+    """What was seen of a step: the gradients as fed, the groups before it, and, if it iterates, closure calls."""
+
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+
+
+class RunWriter:
+    """Appends steps to a run store.
+
+    Attributes:
+        steps: how many are finished. last: the parameters that the last one left.
+    """
+
+    def __init__(self, store: RunStore, subject: Subject, snapshot_every: int) -> None:
+        self._store, self._subject, self.snapshot_every = store, subject, snapshot_every
+        self.steps = 0
+        self.last: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
+        # What a step file holds: all that ever was trained, or changed, so that one file tells a whole state.
+        self._ever_trained: set[str] = set()
+        self._ever_changed: set[str] = set()
+
+    def start(self, loss: Callable[..., Tensor] | None, train_size: int | None, *, overwrite: bool) -> None:
+        """Write theta_0, the optimizer's state and the manifest.
+
+        Raises:
+            StoreError: there is something at the path already, or it cannot be written.
+        """
+        subject, rule = self._subject, self._subject.rule
+        path = self._store.path
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            if not overwrite:
+                raise StoreError(
+                    "there is something at this path already",
+                    where=path,
+                    expected="a new or empty folder",
+                    remedy="choose another path; or pass resume=True to continue the run, overwrite=True to delete it",
+                )
+            self._store.read_manifest()  # never delete what is not a run
+            shutil.rmtree(path)
+        trained = {name for group in subject.groups() for name in group["params"]}
+        self.last, self._buffers = subject.theta(), subject.buffers()
+        start = {f"theta/{n}": t for n, t in self.last.items()} | {f"buffer/{n}": t for n, t in self._buffers.items()}
+        header, tensors = self._state()
+        start |= {f"evaluated/{n}": t for n, t in subject.evaluated(self.last).items()}
+        self._store.write_tensors(self._store.start_path, header, start | tensors)
+        # The manifest comes last: a folder without one is not a run.
+        self._store.write_json(
+            "manifest.json",
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "created_with": version("explaind-core"),
+                "torch": torch.__version__,
+                "model": qualified_name(type(subject.model)),
+                "optimizer": qualified_name(type(subject.optimizer)),
+                "optimizer_defaults": sorted(subject.optimizer.defaults),
+                "rule": {
+                    "name": qualified_name(type(rule)),
+                    "package": subject.registered.package,
+                    "version": subject.registered.version,
+                    "inferred": rule.inferred,
+                    "closed_by_secant": rule.closed_by_secant,
+                    "settings": rule.settings(),
+                },
+                "loss": describe_loss(loss),
+                "evaluates_elsewhere": rule.evaluates_elsewhere,
+                "train_size": train_size,
+                "parameters": [
+                    {"name": n, "shape": list(p.shape), "dtype": str(p.dtype), "trained": n in trained}
+                    for n, p in subject.parameters.items()
+                ],
+                "buffers": sorted(self._buffers),
+            },
+        )
+
+    def resume(self) -> None:
+        """Stand behind the last step of the run that is there.
+
+        Raises:
+            RecordingError: another optimizer recorded it, or the model does not stand where it ended.
+        """
+        subject = self._subject
+        from explaind_core.run import open_run  # reading is the next stage; only resuming needs it here
+
+        run = open_run(self._store.path, model=subject.model)
+        trained_by, given = run.manifest["optimizer"], qualified_name(type(subject.optimizer))
+        if trained_by != given:
+            raise RecordingError(
+                "the run was recorded with another optimizer",
+                where=self._store.path,
+                expected=trained_by,
+                got=given,
+                remedy="resume with the recorded one, or start a new run",
+            )
+        self.steps = len(run.steps)
+        self.last = run.theta(self.steps)
+        self._buffers = run.buffers(self.steps)
+        self._ever_trained = {n for s in run.steps for group in run.hyper(s) for n in group["params"]}
+        start = run.buffers(0)
+        self._ever_changed = {n for n, b in self._buffers.items() if n not in start or not torch.equal(b, start[n])}
+        for name, parameter in subject.parameters.items():
+            if not subject.untouched(self.last[name], copied(parameter)):
+                raise RecordingError(
+                    f"the model does not stand where step {self.steps} of the run left it",
+                    where=f"parameter {name!r}",
+                    remedy="load that state first: explaind.open_run(...).restore(model, optimizer)",
+                )
+        (self._store.path / "closed.json").unlink(missing_ok=True)
+        self._snapshot(None)
+
+    def finish(
+        self,
+        seen: SeenStep,
+        theta: dict[str, Tensor],
+        batches: BatchLog,
+        factor: float,
+        state: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Write one finished step.
+
+        Args:
+            seen: the step. theta: the parameters after it. batches: its samples. factor: what multiplied its gradient.
+            state: the optimizer's state after it, where that is not the present one.
+
+        Raises:
+            NonFiniteError: a parameter became NaN or infinite. StoreError: it cannot be written.
+        """
+        check_parameters({name: theta[name] for name in seen.gradients}, self.steps + 1)
+        self._write(seen, theta, batches, factor)
+        self.steps += 1
+        self.last = theta
+        if self.steps % self.snapshot_every == 0:
+            self._snapshot(state)
+
+    def _write(self, seen: SeenStep, theta: dict[str, Tensor], batches: BatchLog, factor: float) -> None:
+        s = self.steps + 1
+        self._ever_trained.update(name for group in seen.groups for name in group["params"])
+        for name in self._subject.parameters.keys() - self._ever_trained:
+            if not torch.equal(theta[name], self.last[name]):
+                raise RecordingError(
+                    "a parameter that the optimizer does not train changed", where=f"{name!r}, step {s}"
+                )
+        tensors = {f"theta/{name}": theta[name] for name in self._ever_trained} | batches.tensors()
+        for name, gradient in seen.gradients.items():
+            if gradient.is_sparse:
+                # As fed: coalescing is the optimizer's business.
+                tensors[f"sparse_indices/{name}"] = gradient._indices()
+                tensors[f"sparse_values/{name}"] = gradient._values()
+            else:
+                tensors[f"gradient/{name}"] = gradient
+        buffers = self._subject.buffers()
+        for name, buffer in buffers.items():
+            if name not in self._buffers or not torch.equal(buffer, self._buffers[name]):
+                self._ever_changed.add(name)
+        tensors |= {f"buffer/{name}": buffers[name] for name in self._ever_changed & buffers.keys()}
+        tensors |= {f"evaluated/{n}": t for n, t in self._subject.evaluated(theta).items()}
+        for k, evaluation in enumerate(seen.evaluations[1:], 1):
+            tensors |= {f"closure/{k}/{name}": gradient for name, gradient in evaluation.gradients.items()}
+        structure, group_tensors = trees.flatten(seen.groups, "the parameter groups")
+        header = {"step": s, "groups": structure, "batches": batches.entries, "gradient_factor": factor}
+        if seen.evaluations:
+            header["closure_losses"] = [evaluation.loss for evaluation in seen.evaluations]
+        self._store.write_tensors(
+            self._store.step_path(s), header, tensors | {f"group/{k}": t for k, t in group_tensors.items()}
+        )
+        self._buffers = buffers
+
+    def _state(self, state: Mapping[str, Mapping[str, Any]] | None = None) -> tuple[Any, dict[str, Tensor]]:
+        state = self._subject.state() if state is None else state
+        structure, tensors = trees.flatten(state, "the optimizer's state")
+        return {"state": structure}, {f"state/{key}": tensor for key, tensor in tensors.items()}
+
+    def _snapshot(self, state: Mapping[str, Mapping[str, Any]] | None) -> None:
+        self._store.write_tensors(self._store.snapshot_path(self.steps), *self._state(state))
