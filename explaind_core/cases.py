@@ -153,7 +153,7 @@ def observed(rule: UpdateRule, make_optimizer: MakeOptimizer, case: Case) -> lis
     def hyper() -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}
         for group in optimizer.param_groups:
-            values = {k: v for k, v in {**aside, **group}.items() if k not in ("params", "param_names")}
+            values = {k: v for k, v in {**group, **aside}.items() if k not in ("params", "param_names")}
             for parameter in group["params"]:
                 found[names[id(parameter)]] = trees.map_tensors(_number_or_copy, values)
         return found

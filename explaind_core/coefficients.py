@@ -284,6 +284,8 @@ class UpdateRule(ABC):
         no_closed_form: why there is no recursion to prove the coefficients against, where there is none.
         attributes: constructor option -> the optimizer's attribute that holds it, for options that it does not keep in
             its parameter groups; they are checked, recorded and shown as if they stood there.
+        outside: state entries that are computed from more than the gradients (a Hessian): they are stored at every step
+            that changes them, and given back to the optimizer in replay (:meth:`replay_step`).
         flat: the optimizer treats all its tensors as one vector: ``coefficients`` is called once a step, with
             vectors over all of them.
         closed_by_secant: P_s is known only approximately: the engine adds a rank-one secant that makes every step exact
@@ -307,6 +309,7 @@ class UpdateRule(ABC):
     proved_for: ClassVar[Mapping[str, tuple[object, ...]]] = {}
     no_closed_form: ClassVar[str] = ""
     attributes: ClassVar[Mapping[str, str]] = {}
+    outside: ClassVar[tuple[str, ...]] = ()
     flat: ClassVar[bool] = False
     closed_by_secant: ClassVar[bool] = False
     inferred: ClassVar[bool] = False
@@ -367,6 +370,18 @@ class UpdateRule(ABC):
     def claims(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether this rule speaks for ``optimizer``: by the exact name of its class."""
         return qualified_name(type(optimizer)) in self.optimizers
+
+    def replay_step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        outside: Mapping[Tensor, Mapping[str, Tensor]],  # noqa: ARG002
+    ) -> None:
+        """Make one step in replay, gradients being set.
+
+        Args:
+            optimizer: rebuilt. outside: parameter -> the recorded entries of ``outside`` that this step changed.
+        """
+        optimizer.step()
 
     def options_aside(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """The options that ``optimizer`` keeps as attributes of itself (see ``attributes``)."""

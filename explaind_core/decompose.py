@@ -21,6 +21,7 @@ from torch import Tensor
 
 from explaind_core.coefficients import FilterState, LinearFilter, RecordedStep, StepCoefficients, UpdateRule
 from explaind_core.errors import CoefficientError, RecordingError
+from explaind_core.operators import OfReadout
 from explaind_core.recorded import FLAT, flat_step, recorded_step, split_flat, to_dense
 from explaind_core.replay import Replay, ReplayedStep
 from explaind_core.run import Run
@@ -167,9 +168,11 @@ def split_update(
     inputs = _Inputs(E.apply(recorded.gradient), coupled)
     kernel, decay, prehistory = memory.advance(inputs, declared.filter)
     missed = moved = 0.0
+    out = sum((part for part in (decay, prehistory) if part is not None), kernel)  # all that the filter reads out
+    if isinstance(P, OfReadout):
+        P = P.make(out)
+        declared = replace(declared, preconditioner=P)
     if rule.closed_by_secant:
-        # Where prehistory or decay pass the filter too, the secant closes the whole of what it reads out.
-        out = sum((part for part in (decay, prehistory) if part is not None), kernel)
         update = -(recorded.displacement + rho.apply(recorded.theta))
         P, missed = closed(P, out, update)
         moved, declared = float(update.norm()), replace(declared, preconditioner=P)

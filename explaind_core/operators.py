@@ -10,7 +10,7 @@ Operators compose with ``@`` (``(P @ E).apply(x) == P.apply(E.apply(x))``), add 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ __all__ = [
     "Diagonal",
     "Left",
     "LinearOperator",
+    "OfReadout",
     "RankOne",
     "Right",
     "Rotated",
@@ -302,6 +303,32 @@ class Sum(LinearOperator):
         return Sum(tuple(term.adjoint for term in self.terms))
 
 
+@dataclass(frozen=True, eq=False)
+class OfReadout(LinearOperator):
+    """A preconditioner that is made from what the filter reads out, ``out_s``: ``lr sign(out) = (lr / |out|) out``.
+
+    The engine calls ``make(out)`` and freezes the result. Made from the optimizer's own buffer instead, which rounds
+    otherwise, 1 / |out| would blow that rounding up.
+
+    Example:
+        >>> OfReadout(lambda out: Diagonal(1 / out.abs())).make(torch.tensor([-2.0])).apply(torch.tensor([-2.0]))
+        tensor([-1.])
+    """
+
+    make: Callable[[Tensor], LinearOperator]
+
+    def apply(self, x: Tensor) -> Tensor:  # noqa: D102, ARG002
+        raise CoefficientError(
+            "an OfReadout was applied before it was made",
+            expected="it stands alone as the preconditioner of StepCoefficients",
+            remedy="put what is around it (a factor, a sum) into the operator that it makes",
+        )
+
+    @property
+    def adjoint(self) -> LinearOperator:  # noqa: D102
+        return OfReadout(lambda out: self.make(out).adjoint)
+
+
 def as_operator(value: LinearOperator | float | Tensor, what: str) -> LinearOperator:
     """``value`` as an operator: numbers (and tensors with one element and no axis) become :class:`Scalar`.
 
@@ -321,7 +348,7 @@ def as_operator(value: LinearOperator | float | Tensor, what: str) -> LinearOper
             remedy="say what it does: operators.Diagonal(tensor) multiplies elementwise",
         )
     try:
-        return Scalar(value if is_symbolic(value) else float(value))
+        return Scalar(value if is_symbolic(value) else float(value))  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise CoefficientError(
             f"{what} is not an operator", expected="a number or a LinearOperator", got=type(value).__name__

@@ -149,7 +149,7 @@ class Replay:
             with torch.no_grad():
                 for name, parameter in self._parameters.items():
                     parameter.copy_(trained_before[name])
-            self._step(gradients, self.run.closure_calls(s))
+            self._step(gradients, self.run.closure_calls(s), self.run.outside(s))
             after_state = self._state()
             drift = max(
                 (float((p.detach() - trained[n]).abs().max()) for n, p in self._parameters.items() if p.numel()),
@@ -169,14 +169,23 @@ class Replay:
             )
             before_theta, before_state = theta, after_state
 
-    def _step(self, gradients: dict[str, Tensor], calls: Sequence[tuple[float, dict[str, Tensor]]]) -> None:
+    def _step(
+        self,
+        gradients: dict[str, Tensor],
+        calls: Sequence[tuple[float, dict[str, Tensor]]],
+        outside: Mapping[str, Mapping[str, Tensor]],
+    ) -> None:
         def feed(fed: dict[str, Tensor]) -> None:
             for name, parameter in self._parameters.items():
                 parameter.grad = fed[name].clone() if name in fed else None
 
         if not calls:
             feed(gradients)
-            self.optimizer.step()
+            if self.run.manifest.get("outside"):
+                given: dict[Tensor, Mapping[str, Tensor]] = {self._parameters[n]: e for n, e in outside.items()}
+                self.rule().rule.replay_step(self.optimizer, given)
+            else:
+                self.optimizer.step()
             return
         coming = iter(calls)
 

@@ -289,6 +289,17 @@ class Run:
             calls.append((float(loss), self.gradients(s) if k == 0 else found))
         return tuple(calls)
 
+    def outside(self, s: int) -> dict[str, dict[str, Tensor]]:
+        """The optimizer's state entries that gradients alone do not give, as step s changed them, by parameter name."""
+        self.check_step(s)
+        stored = self.store.read_tensors(self.store.step_path(s), what=f"step {s}").tensors
+        found: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in stored.items():
+            if key.startswith("outside/"):
+                _, entry, name = key.split("/", 2)
+                found.setdefault(name, {})[entry] = tensor
+        return found
+
     def gradient_factor(self, s: int) -> float:
         """The factor (clip coefficient) that the recorder was told for step s, 1 if none."""
         self.check_step(s)

@@ -63,9 +63,9 @@ class Subject:
         groups, rule = [], self.rule
         aside = rule.options_aside(self.optimizer)
         for group in self.optimizer.param_groups:
-            rule.check_options({**aside, **group}, [*self.optimizer.defaults, *aside])
+            rule.check_options({**group, **aside}, [*self.optimizer.defaults, *aside])
             entry: dict[str, Any] = {"params": [self.names[id(p)] for p in group["params"]]}
-            values = {**aside, **group}
+            values = {**group, **aside}
             entry |= {key: _plain(value) for key, value in values.items() if key not in ("params", "param_names")}
             groups.append(entry)
         return groups
@@ -77,6 +77,16 @@ class Subject:
             for parameter, entries in self.optimizer.state.items()
             if id(parameter) in self.names
         }
+
+    def outside(self, last: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state entries that gradients alone do not give, where they differ from ``last``: ``entry/parameter``."""
+        found = {}
+        for name, entries in self.state().items() if self.rule.outside else ():
+            for entry in self.rule.outside:
+                key = f"{entry}/{name}"
+                if entry in entries and (key not in last or not torch.equal(entries[entry], last[key])):
+                    found[key] = copied(entries[entry])
+        return found
 
     def evaluated(self, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Where the model is evaluated when training stands at ``theta``, for optimizers where these differ."""

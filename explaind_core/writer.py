@@ -48,6 +48,7 @@ class RunWriter:
         # What a step file holds: all that ever was trained, or changed, so that one file tells a whole state.
         self._ever_trained: set[str] = set()
         self._ever_changed: set[str] = set()
+        self._outside: dict[str, Tensor] = {}
 
     def start(self, loss: Callable[..., Tensor] | None, train_size: int | None, *, overwrite: bool) -> None:
         """Write theta_0, the optimizer's state and the manifest.
@@ -94,6 +95,7 @@ class RunWriter:
                 },
                 "loss": describe_loss(loss),
                 "evaluates_elsewhere": rule.evaluates_elsewhere,
+                "outside": list(rule.outside),
                 "train_size": train_size,
                 "parameters": [
                     {"name": n, "shape": list(p.shape), "dtype": str(p.dtype), "trained": n in trained}
@@ -184,6 +186,9 @@ class RunWriter:
                 self._ever_changed.add(name)
         tensors |= {f"buffer/{name}": buffers[name] for name in self._ever_changed & buffers.keys()}
         tensors |= {f"evaluated/{n}": t for n, t in self._subject.evaluated(theta).items()}
+        outside = self._subject.outside(self._outside)
+        self._outside |= outside
+        tensors |= {f"outside/{key}": t for key, t in outside.items()}
         for k, evaluation in enumerate(seen.evaluations[1:], 1):
             tensors |= {f"closure/{k}/{name}": gradient for name, gradient in evaluation.gradients.items()}
         structure, group_tensors = trees.flatten(seen.groups, "the parameter groups")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from explaind_core.symbolic.branches import Datum
 from explaind_core.symbolic.proof import Proof, ProvedConfiguration, prove
+from explaind_core.symbolic.recursion import RecursionStep
 from explaind_core.symbolic.tensor import SymbolicTensor
-from explaind_core.symbolic.unroll import RecursionStep
 
 __all__ = ["Datum", "Proof", "ProvedConfiguration", "RecursionStep", "SymbolicTensor", "prove"]

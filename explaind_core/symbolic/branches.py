@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import sympy  # type: ignore[import-untyped]
@@ -49,8 +50,9 @@ class Branch:
         known = False if x.is_nonpositive else x.is_positive
         if known is None:
             known = self.positive.get(x)
-        if known is None and (self.positive.get(-x) or self.zero.get(_unsigned(x))):
-            known = False
+        if known is None:
+            below, equal = self.positive.get(-x), self.zero.get(_unsigned(x))
+            known = False if below or equal else True if below is False and equal is False else None
         if known is None:
             known = self.positive[x] = self._choose(f"{x} > 0")
         return bool(known)
@@ -90,12 +92,17 @@ class Branch:
 
     def holds(self, at: Callable[[Any], Any]) -> bool:
         """Whether ``at``, which turns expressions into numbers, gives the answers of this way."""
-        positive = all((at(x) > 1e-12) == answer for x, answer in self.positive.items())
-        return positive and all((abs(at(x)) < 1e-12) == answer for x, answer in self.zero.items())
+        positive = ((at(x), answer) for x, answer in self.positive.items())
+        zero = ((at(x), answer) for x, answer in self.zero.items())
+        return all(x.is_real and bool(x > 1e-12) == answer for x, answer in positive) and all(
+            bool(abs(x) < 1e-12) == answer for x, answer in zero
+        )
 
-    def __str__(self) -> str:
-        found = [f"{x} {'>' if answer else '<='} 0" for x, answer in self.positive.items()]
-        return ", ".join(found + [f"{x} {'==' if answer else '!='} 0" for x, answer in self.zero.items()])
+    def text(self, names: Mapping[Any, Any] | None = None) -> str:
+        """The answers, in words, with other ``names`` for some symbols."""
+        positive = [(x, ">" if answer else "<=") for x, answer in self.positive.items()]
+        zero = [(x, "==" if answer else "!=") for x, answer in self.zero.items()]
+        return ", ".join(f"{x.xreplace(names or {})} {relation} 0" for x, relation in positive + zero)
 
     def _chosen(self, extremum: Any) -> Any:
         """The argument that a maximum or minimum of two takes, where the answers tell."""
@@ -112,8 +119,7 @@ class Branch:
         return {x: sympy.S.Zero for x, answer in self.zero.items() if answer and x.is_Symbol}
 
     def _canonical(self, x: Any) -> Any:
-        x = x.xreplace(self._zeros())
-        return x if x.is_number or _unsigned(x).is_Symbol else sympy.cancel(sympy.together(x))
+        return _fraction(x.xreplace(self._zeros()))
 
     def _contradicts_zero(self, symbol: Any) -> bool:
         """Whether an earlier answer excludes that ``symbol`` is zero."""
@@ -132,6 +138,15 @@ class Branch:
         else:
             self._taken.append(self._prefix[place])
         return self._taken[-1]
+
+
+@lru_cache(maxsize=4096)
+def _fraction(x: Any) -> Any:
+    """``x``, but for positive factors, so that a question is known again in another form."""
+    if x.is_number or _unsigned(x).is_Symbol:
+        return x
+    over, under = sympy.fraction(sympy.cancel(sympy.together(x)))
+    return over.as_content_primitive()[1] if under.is_positive else over / under
 
 
 def _unsigned(x: Any) -> Any:
@@ -155,9 +170,7 @@ def current() -> Branch:
     return _running[-1] if _running else Branch(None)
 
 
-def branches(
-    run: Callable[[Branch], T], known: Branch | None = None, limit: int = 2000
-) -> Iterator[tuple[Branch, T]]:
+def branches(run: Callable[[Branch], T], known: Branch | None = None, limit: int = 500) -> Iterator[tuple[Branch, T]]:
     """Run ``run`` once for every combination of answers to the questions that its symbols leave open.
 
     Args:
@@ -168,7 +181,7 @@ def branches(
 
     Example:
         >>> x = Datum("x", real=True)
-        >>> [(str(way), found) for way, found in branches(lambda way: x if way.is_positive(x) else 0)]
+        >>> [(way.text(), found) for way, found in branches(lambda way: x if way.is_positive(x) else 0)]
         [('x > 0', x), ('x <= 0', 0)]
     """
     pending: list[tuple[bool, ...]] = [()]

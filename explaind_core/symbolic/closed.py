@@ -7,16 +7,17 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]
 
 from explaind_core.coefficients import OptimizerState, RecordedStep
-from explaind_core.symbolic.algebra import is_zero, tidy
-from explaind_core.symbolic.branches import Branch, Datum
+from explaind_core.symbolic.algebra import proves_zero
+from explaind_core.symbolic.branches import Branch, Datum, Option
+from explaind_core.symbolic.recursion import hyper_parameters
 from explaind_core.symbolic.tensor import SymbolicTensor, exact
-from explaind_core.symbolic.unroll import NAME, Declared, Path, declare, hyper_parameters
+from explaind_core.symbolic.unroll import AHEAD, EARLIER, NAME, Declared, Path, declare
 
 __all__ = ["ClosedForms"]
 
 S, I = sympy.symbols("s i", integer=True, positive=True)  # noqa: E741
 # i = 1 + J and s = i + K: so 1 < i < s follows from the symbols alone. A step without another is s = 1 + J.
-J, K = sympy.symbols("j k", integer=True, positive=True)
+J, K = EARLIER, AHEAD
 _PAIRS = {"s,i": (1 + J + K, 1 + J), "s,s": (1 + J, 1 + J), "s,1": (1 + J, 1), "1,1": (1, 1)}
 _READ = {"s,i": {J: I - 1, K: S - I}, "s,s": {J: S - 1}, "s,1": {J: S - 1}, "1,1": {}}
 
@@ -28,16 +29,21 @@ class ClosedForms:
         declared: alpha_{s,i} by the declaration, for the pairs "s,i" (1 < i < s), "s,s" (s > 1), "s,1" and "1,1", in
             the symbols J and K. Empty where the filter's A changes from step to step or mixes its states.
         own: the same by the rule's ``alpha``; empty where it has none.
+        readable: ``own``, else ``declared``, in the symbols s and i; what follows from "s,i" is left out.
     """
 
     def __init__(self, path: Path) -> None:
         self._rule, self._path = path.rule, path
         self._hyper = hyper_parameters(path.rule, path.configuration)
-        self._late, self._early, self._single = (
-            self._at(clock, label) for clock, label in ((1 + J + K, "s"), (1 + J, "i"), (1 + J, "s"))
-        )
-        self.declared = self._alphas()
+        first = {x: x.name.removesuffix("_1") for x in path.definitions if x.name.endswith("_1")}
+        self._shown: dict[Any, Any] = {x: sympy.IndexedBase(name)[1] for x, name in first.items()}
+        self._last = self._at(1 + J + K, "s")
+        self._early = self._at(1 + J, "i") if self._last.B else self._last
+        self.declared = self._alphas() if self._last.B else dict.fromkeys(_PAIRS, sympy.S.Zero)
+        if not self._last.B:
+            self.declared |= {"s,s": self._last.D, "1,1": path.steps[0].declared[0].D}
         self.own = {} if self.author(1, 1) is None else {pair: self.author(*at) for pair, at in _PAIRS.items()}
+        self.readable = self._readable()
 
     def author(self, s: Any, i: Any) -> Any:
         """The rule's own ``alpha`` at (s, i); None where it has none."""
@@ -45,41 +51,50 @@ class ClosedForms:
         found = self._rule.alpha(SymbolicTensor(s), SymbolicTensor(i), hyper)
         return None if found is NotImplemented else exact(found)
 
-    @staticmethod
-    def readable(pair: str, expr: Any) -> Any:
-        """``expr``, of the given pair, in the symbols s and i."""
-        return tidy(expr.xreplace(_READ[pair]))
+    def read(self, pair: str, expr: Any) -> Any:
+        """``expr``, of the given pair, in the symbols s and i; hyper-parameters are plain positive symbols."""
+        plain = {x: sympy.Symbol(x.name, positive=True) for x in expr.atoms(Option)}
+        return expr.xreplace({**_READ[pair], **self._shown, **plain})
 
-    def alpha(self, branch: Branch) -> dict[str, Any]:
-        """The closed form to be read, in the symbols s and i: "s,i", and the pairs that it does not hold for."""
-        found = {pair: self.readable(pair, expr) for pair, expr in self.declared.items()}
-        for pair, at in (("s,s", {I: S}), ("s,1", {I: sympy.S.One}), ("1,1", {I: sympy.S.One, S: sympy.S.One})):
-            if found and is_zero(found["s,i"].xreplace(at) - found[pair], branch):
-                del found[pair]
-        return found
+    def _readable(self) -> dict[str, Any]:
+        found = {pair: sympy.powsimp(self.read(pair, x)) for pair, x in (self.own or self.declared).items()}
 
-    def regularization(self, alpha: dict[str, Any]) -> Any:
-        """r_s at constant hyper-parameters (Corollary 3.2 of the paper), in the symbols s and i and past thetas."""
-        theta, late = sympy.IndexedBase("theta"), self._late
-        decay = late.rho.xreplace(_READ["s,i"]) * theta[S - 1]
-        if late.W == 0:
-            return tidy(decay)
-        weight, pull = (x.xreplace(_READ["s,i"]) for x in (late.P, self._early.W))
-        if not late.B:
-            return decay + weight * (late.D * late.W).xreplace(_READ["s,i"]) * theta[S - 1]
-        kept = alpha["s,i"] if len(alpha) == 1 else sympy.IndexedBase("alpha")[S, I]
-        outside, inside = (kept * pull).as_independent(I)
-        return decay + weight * outside * sympy.Sum(inside * theta[I - 1], (I, 1, S))
+        def follows(pair: str, other: str, at: dict[Any, int | Any]) -> bool:
+            return proves_zero(found[other].subs(at) - found[pair], Branch())
+
+        special = {
+            "s,s": lambda: follows("s,s", "s,i", {I: S}),
+            "s,1": lambda: follows("s,1", "s,i", {I: 1}),
+            "1,1": lambda: follows("1,1", "s,i", {I: 1, S: 1}) or follows("1,1", "s,s", {S: 1}),
+        }
+        return {pair: x for pair, x in found.items() if pair == "s,i" or not special[pair]()}
+
+    def regularization(self, preconditioner: Any = None) -> Any:
+        """r_s (Corollary 3.2 of the paper), in s, i and past thetas; with ``preconditioner`` shown for P_s."""
+        theta, last = sympy.IndexedBase("theta"), self._last
+        rho, P, W, D = (self.read("s,i", x) for x in (last.rho, last.P, last.W, last.D))
+        P = P if preconditioner is None else preconditioner
+        decoupled = rho * theta[S - 1]
+        if W == 0:
+            return decoupled
+        if not any(c != 0 for c in last.C):
+            return decoupled + P * D * W * theta[S - 1]
+        alpha = self.readable["s,i"] if len(self.readable) == 1 else sympy.IndexedBase("alpha")[S, I]
+        pull = self.read("s,i", self._early.W)
+        outside, inside = (alpha * pull).as_independent(I)
+        return decoupled + P * outside * sympy.Sum(inside * theta[I - 1], (I, 1, S))
 
     def _at(self, clock: Any, label: str) -> Declared:
         """The declaration at a general step, with symbols for the state of that step."""
-        last = self._path.state
 
         def entries(when: str) -> OptimizerState:
-            found = {name: SymbolicTensor(self._entry(name, x, when)) for name, x in last.items()}
+            found = {name: SymbolicTensor(Datum(f"{name}_{when}", real=True)) for name in self._path.state}
+            index = {"s": S, "i": I}[when[0]] - int(len(when) > 1)
+            self._shown |= {exact(x): sympy.IndexedBase(name)[index] for name, x in found.items()}
             return OptimizerState(NAME, found, "optimizer state, by the rule's recursion,")
 
-        data = {n: SymbolicTensor(Datum(f"{n}_{label}", real=True)) for n in ("theta", "gradient", "displacement")}
+        names = ("theta", "gradient", "displacement", *(("mask",) if self._path.sparse else ()))
+        data = {n: SymbolicTensor(Datum(f"{n}_{label}", real=True)) for n in names}
         return declare(
             self._rule,
             RecordedStep(
@@ -94,12 +109,9 @@ class ClosedForms:
             ),
         )
 
-    @staticmethod
-    def _entry(name: str, last: SymbolicTensor, when: str) -> Datum:
-        return Datum(f"{name}_{when}", **({"nonnegative": True} if last.expr.is_nonnegative else {"real": True}))
-
     def _alphas(self) -> dict[str, Any]:
-        rows, constant = self._early.A, self._path.constant()
+        early, single = self._early, self._at(1 + J, "s")
+        rows, constant = early.A, self._path.constant()
         mixed = any(a != 0 for j, row in enumerate(rows) for k, a in enumerate(row) if j != k)
         if mixed or any(row[j].has(J, Datum) for j, row in enumerate(rows)):
             return {}
@@ -111,8 +123,8 @@ class ClosedForms:
             return sympy.Add(*(cj * row[j] ** power * bj for j, (cj, row, bj) in enumerate(states)))
 
         return {
-            "s,i": between(self._late.C, K - 1, self._early.B),
-            "s,s": self._single.D,
-            "s,1": between(self._single.C, J - 1, born),
+            "s,i": between(self._last.C, K - 1, early.B),
+            "s,s": single.D,
+            "s,1": between(single.C, J - 1, born),
             "1,1": first.D.xreplace(constant),
         }

@@ -46,7 +46,7 @@ class mean(sympy.Function):  # type: ignore[misc]  # noqa: N801
 
 def _varies(x: Any) -> bool:
     """Whether an expression may differ between the elements of a tensor."""
-    return bool(x.xreplace({m: sympy.S.One for m in x.atoms(mean)}).has(Datum))
+    return bool(x.xreplace(dict.fromkeys(x.atoms(mean), sympy.S.One)).has(Datum))
 
 
 def exact(value: Any) -> Any:
@@ -168,7 +168,7 @@ class SymbolicTensor:
         return SymbolicTensor(mean(self.expr))
 
     def sum(self, dim: Any = None) -> SymbolicTensor:  # noqa: D102
-        return ELEMENTS * self.mean(dim)
+        return SymbolicTensor(ELEMENTS * self.mean(dim).expr)
 
     def norm(self, p: Any = 2, dim: Any = None) -> SymbolicTensor:  # noqa: D102
         if p not in (1, 2, "fro"):

@@ -35,44 +35,44 @@ if TYPE_CHECKING:
     from explaind_core.trials import Trials
 
 _RULES = (
-    AdEMAMixRule,
-    SimplifiedAdEMAMixRule,
-    LambRule,
-    LARSRule,
-    SGDWRule,
-    LionRule,
-    SignSGDRule,
-    TigerRule,
-    ProdigyRule,
-    PytorchOptimizerProdigyRule,
     AdaBeliefRule,
-    AggMoRule,
-    LaPropRule,
-    QHAdamRule,
-    QHMRule,
-    AdamWScheduleFreePaperRule,
-    AdamWScheduleFreeRule,
-    RAdamScheduleFreeRule,
-    SGDScheduleFreeRule,
-    ShampooRule,
-    SOAPRule,
-    SophiaGRule,
-    SophiaHRule,
-    ASGDRule,
     AdadeltaRule,
     AdafactorRule,
     AdagradRule,
+    AdamaxRule,
     AdamRule,
     AdamWRule,
-    AdamaxRule,
+    AdamWScheduleFreePaperRule,
+    AdamWScheduleFreeRule,
+    AdEMAMixRule,
+    AggMoRule,
+    ASGDRule,
+    LambRule,
+    LaPropRule,
+    LARSRule,
     LBFGSRule,
+    LionRule,
     MuonRule,
     NAdamRule,
+    ProdigyRule,
+    PytorchOptimizerProdigyRule,
+    QHAdamRule,
+    QHMRule,
     RAdamRule,
+    RAdamScheduleFreeRule,
     RMSpropRule,
     RpropRule,
     SGDRule,
+    SGDScheduleFreeRule,
+    SGDWRule,
+    ShampooRule,
+    SignSGDRule,
+    SimplifiedAdEMAMixRule,
+    SOAPRule,
+    SophiaGRule,
+    SophiaHRule,
     SparseAdamRule,
+    TigerRule,
 )
 __all__ = [
     "ASGDRule",
@@ -128,5 +128,8 @@ def explaind_update_rules() -> list[explaind.UpdateRule]:
 def explaind_trials(rule: explaind.UpdateRule) -> tuple[Trials, ...] | None:
     """How the conformance kit checks the rules of this package."""
     from explaind_optimizers.trials import torch_trials  # brings hypothesis along
+    from explaind_optimizers.trials_elsewhere import trials_elsewhere
 
-    return torch_trials().get(type(rule).__name__) if isinstance(rule, _RULES) else None
+    if not isinstance(rule, _RULES):
+        return None
+    return torch_trials().get(type(rule).__name__) or trials_elsewhere(rule) or None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from explaind_core import LinearFilter, RecordedStep, StepCoefficients, UpdateRule
@@ -79,7 +78,7 @@ class NAdamRule(UpdateRule):
         )
 
     def recursion(self, step: Any) -> Any:
-        """As torch documents it, in exact arithmetic. alpha has no closed form: prod_t is a product over the schedule."""
+        """As torch documents it, in exact arithmetic. alpha has no closed form, because of the product of all mu."""
         hyper, (beta1, beta2), state, t = step.hyper, step.hyper["betas"], step.state, step.clock
         theta, g = step.theta, -step.gradient if hyper["maximize"] else step.gradient
         if hyper["decoupled_weight_decay"]:

@@ -6,14 +6,14 @@ import math
 
 import torch
 
-from explaind_core import LinearFilter, RecordedStep, StepCoefficients
+from explaind_core import LinearFilter, RecordedStep, StepCoefficients, UpdateRule
 from explaind_core.operators import Diagonal, LinearOperator
-from explaind_optimizers.aside import OptionsAside, ascent, cautious_mask, decays, ticks
+from explaind_optimizers.common import MAXIMIZE, ascent, cautious_mask, decays, ticks
 
 __all__ = ["AdEMAMixRule", "SimplifiedAdEMAMixRule"]
 
 
-class AdEMAMixRule(OptionsAside):
+class AdEMAMixRule(UpdateRule):
     r"""AdEMAMix of pytorch_optimizer (Pagliardini et al., 2024).
 
     ``m1 <- b1 m1 + (1 - b1) g;  m2 <- b3 m2 + (1 - b3) g;  v <- b2 v + (1 - b2) g^2;
@@ -21,6 +21,7 @@ class AdEMAMixRule(OptionsAside):
     filter has two states.
     """
 
+    attributes = MAXIMIZE
     optimizers = ("pytorch_optimizer.optimizer.ademamix.AdEMAMix",)
     options = frozenset(
         {"lr", "betas", "eps", "weight_decay", "weight_decouple", "fixed_decay", "alpha", "t_alpha_beta3", "step"}
@@ -57,13 +58,14 @@ class AdEMAMixRule(OptionsAside):
         )
 
 
-class SimplifiedAdEMAMixRule(OptionsAside):
+class SimplifiedAdEMAMixRule(UpdateRule):
     r"""SimplifiedAdEMAMix of pytorch_optimizer (Morwani et al., 2025): the current gradient and one average of them.
 
     ``m <- b1 m + (1 - b1) g;  theta <- theta - lr (m + alpha g) / (sqrt(v) + n eps) / n``, n^2 the weight of all
     gradients in v, whose root the batched implementation rounds to single precision.
     """
 
+    attributes = MAXIMIZE
     optimizers = ("pytorch_optimizer.optimizer.ademamix.SimplifiedAdEMAMix",)
     options = frozenset(
         {"lr", "betas", "eps", "weight_decay", "weight_decouple", "fixed_decay", "alpha", "beta1_warmup", "min_beta1"}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 
-from explaind_core import LinearFilter, RecordedStep, StepCoefficients
+from explaind_core import LinearFilter, RecordedStep, StepCoefficients, UpdateRule
 from explaind_core.operators import Diagonal, LinearOperator, Scalar
-from explaind_optimizers.aside import OptionsAside, ascent, ticks
+from explaind_optimizers.common import ascent, ticks
 
 __all__ = ["LambRule", "rectified"]
 
 
-class LambRule(OptionsAside):
+class LambRule(UpdateRule):
     r"""Lamb of pytorch_optimizer (You et al., 2020): Adam with a trust ratio for each tensor.
 
     ``m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  r = m / (sqrt(v) + eps) + wd theta;
@@ -25,7 +25,7 @@ class LambRule(OptionsAside):
         | {"max_grad_norm", "adam", "foreach", "maximize", "pre_norm", "n_sma_threshold", "degenerated_to_sgd"}
         | {"adanorm", "adanorm_r", "adam_debias"}
     )
-    aside = {n: n for n in ("maximize", "pre_norm", "n_sma_threshold", "degenerated_to_sgd")}
+    attributes = {n: n for n in ("maximize", "pre_norm", "n_sma_threshold", "degenerated_to_sgd")}
     filter_states = ("exp_avg",)
 
     def coefficients(self, step: RecordedStep) -> StepCoefficients:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from explaind_core import LinearFilter, RecordedStep, StepCoefficients
-from explaind_optimizers.aside import OptionsAside, ascent, decays
+from explaind_core import LinearFilter, RecordedStep, StepCoefficients, UpdateRule
+from explaind_optimizers.common import MAXIMIZE, ascent, decays
 
 __all__ = ["LARSRule", "SGDWRule"]
 
 FROZEN = LinearFilter(A=((1.0,),), B=(0.0,), C=(0.0,), D=1.0)
 
 
-class LARSRule(OptionsAside):
+class LARSRule(UpdateRule):
     r"""LARS of pytorch_optimizer (You et al., 2017): SGD whose gradients get a trust ratio before the momentum.
 
     ``u = trust (g + wd theta)``, ``trust = eta |theta| / (|g| + wd |theta|)``; ``m <- mu m + (1 - dampening) u``;
@@ -18,6 +18,7 @@ class LARSRule(OptionsAside):
     and scalars have neither ratio nor decay.
     """
 
+    attributes = MAXIMIZE
     optimizers = ("pytorch_optimizer.optimizer.lars.LARS",)
     options = frozenset(
         {"lr", "weight_decay", "momentum", "dampening", "trust_coefficient", "nesterov", "foreach", "maximize", "step"}
@@ -40,9 +41,10 @@ class LARSRule(OptionsAside):
         )
 
 
-class SGDWRule(OptionsAside):
+class SGDWRule(UpdateRule):
     r"""SGDW of pytorch_optimizer (Loshchilov & Hutter, 2019): SGD with momentum and ``rho_s = lr wd``."""
 
+    attributes = MAXIMIZE
     optimizers = ("pytorch_optimizer.optimizer.sgd.SGDW",)
     options = frozenset(
         {"lr", "weight_decay", "weight_decouple", "momentum", "dampening", "nesterov", "foreach", "maximize", "step"}

@@ -25,6 +25,7 @@ class TwoLoop(LinearOperator):
         scale: H_0's factor. differences: y_j, of gradients. moves: s_j, of parameters; the oldest first. ro: ro_j.
 
     Example:
+        >>> import torch
         >>> y, s = torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0])
         >>> TwoLoop(0.5, (y,), (s,), (0.5,)).apply(y)  # the secant equation H y = s
         tensor([1., 0.])
@@ -66,6 +67,10 @@ class LBFGSRule(UpdateRule):
         {"lr", "max_iter", "max_eval", "tolerance_grad", "tolerance_change", "history_size", "line_search_fn"}
     )
     flat = True
+    no_closed_form = (
+        "H_s is made of inner products over all tensors and of past gradients; it is read from the optimizer's state, "
+        "and one element shows nothing of it"
+    )
 
     def iterations(self, state: Mapping[str, Any]) -> int:
         """The state's ``n_iter``."""

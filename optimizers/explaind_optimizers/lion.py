@@ -5,20 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from explaind_core import LinearFilter, RecordedStep, StepCoefficients
-from explaind_core.operators import Composition, Diagonal, Scalar
-from explaind_optimizers.aside import Centred, OptionsAside, ascent, cautious_mask, decays
+from explaind_core import LinearFilter, RecordedStep, StepCoefficients, UpdateRule
+from explaind_core.operators import Composition, Diagonal, OfReadout, Scalar
+from explaind_optimizers.common import MAXIMIZE, Centred, ascent, cautious_mask, decays
 
 __all__ = ["LionRule", "SignSGDRule", "TigerRule"]
 
 
-def sign_step(rate: float, c: Tensor) -> Diagonal:
-    """``c -> rate sign(c)`` as a frozen operator: ``rate / |c|``, and 0 where c = 0."""
+def sign_step(rate: float, c: Tensor, u: Tensor | None = None) -> Diagonal:
+    """``c -> rate sign(c)`` as a frozen operator: ``rate / |c|``, and 0 where c = 0; cautious of ``u``, if given."""
     moved = c != 0
-    return Diagonal((rate / c.abs().where(moved, 1.0)).where(moved, 0.0))
+    weight = (rate / c.abs().where(moved, 1.0)).where(moved, 0.0)
+    return Diagonal(weight if u is None else weight * cautious_mask(c.sign(), u))
 
 
-class LionRule(OptionsAside):
+class LionRule(UpdateRule):
     r"""Lion (Chen et al., 2023), of pytorch_optimizer and of lion_pytorch.
 
     ``c = b1 m + (1 - b1) g;  theta <- theta - lr sign(c);  m <- b2 m + (1 - b2) g``, with weight decay that acts on
@@ -30,7 +31,7 @@ class LionRule(OptionsAside):
         {"lr", "betas", "weight_decay", "weight_decouple", "fixed_decay", "foreach", "maximize", "step"}
         | {"use_gc", "adanorm", "adanorm_r", "cautious", "decoupled_weight_decay", "first_lr"}
     )
-    aside = {"maximize": "maximize", "decoupled_weight_decay": "decoupled_wd", "first_lr": "_init_lr"}
+    attributes = {"maximize": "maximize", "decoupled_weight_decay": "decoupled_wd", "first_lr": "_init_lr"}
     filter_states = ("exp_avg",)
 
     def coefficients(self, step: RecordedStep) -> StepCoefficients:
@@ -42,22 +43,21 @@ class LionRule(OptionsAside):
         sign = Scalar(ascent(hyper))
         E = Composition((Centred(), sign)) if hyper.get("use_gc") else sign
         u = torch.add(E.apply(step.gradient), step.theta, alpha=decay["coupled_decay"])
-        c = step.before.get("exp_avg", torch.zeros_like(u)).lerp(u, 1 - beta1)
-        P = sign_step(hyper["lr"], c)
         # AdaNorm: what is remembered (not what is read out) is never shorter than gradients used to be.
         usual = float(step.after["exp_grad_adanorm"]) if hyper.get("adanorm") else 0.0
         longer = max(1.0, usual / float(u.norm())) if u.any() else 1.0
         return StepCoefficients(
             filter=LinearFilter(A=((beta2,),), B=((1 - beta2) * longer,), C=(beta1,), D=1 - beta1),
-            preconditioner=Diagonal(P.weight * cautious_mask(c.sign(), u)) if hyper.get("cautious") else P,
+            preconditioner=OfReadout(lambda c: sign_step(hyper["lr"], c, u if hyper.get("cautious") else None)),
             gradient_operator=E,
             **decay,
         )
 
 
-class TigerRule(OptionsAside):
+class TigerRule(UpdateRule):
     """Tiger of pytorch_optimizer (Su, 2023), with one beta: ``m <- b m + (1 - b) g;  theta <- theta - lr sign(m)``."""
 
+    attributes = MAXIMIZE
     optimizers = ("pytorch_optimizer.optimizer.tiger.Tiger",)
     options = frozenset({"lr", "beta", "weight_decay", "weight_decouple", "fixed_decay", "foreach", "maximize", "step"})
     filter_states = ("exp_avg",)
@@ -66,18 +66,19 @@ class TigerRule(OptionsAside):
         """``P_s = lr / |m_s|``."""
         return StepCoefficients(
             filter=LinearFilter.ema(step.hyper["beta"]),
-            preconditioner=sign_step(step.hyper["lr"], step.after["exp_avg"]),
+            preconditioner=OfReadout(lambda m: sign_step(step.hyper["lr"], m)),
             gradient_operator=ascent(step.hyper),
             **decays(step.hyper),
         )
 
 
-class SignSGDRule(OptionsAside):
+class SignSGDRule(UpdateRule):
     r"""SignSGD and Signum of pytorch_optimizer (Bernstein et al., 2018).
 
     ``m <- mu m + (1 - mu) g;  theta <- theta - lr sign(m)``; with momentum 0 the sign of g, and m is frozen.
     """
 
+    attributes = MAXIMIZE
     optimizers = ("pytorch_optimizer.optimizer.sgd.SignSGD",)
     options = frozenset({"lr", "momentum", "weight_decay", "weight_decouple", "foreach", "maximize", "step"})
     filter_states = ("momentum_buffer",)
@@ -86,10 +87,9 @@ class SignSGDRule(OptionsAside):
         """``P_s = lr / |m_s|``, or ``lr / |u_s|`` without momentum."""
         hyper, decay, sign = step.hyper, decays(step.hyper), ascent(step.hyper)
         mu = hyper["momentum"]
-        u = torch.add(sign * step.gradient, step.theta, alpha=decay["coupled_decay"])
         return StepCoefficients(
             filter=LinearFilter.ema(mu) if mu > 0 else LinearFilter(A=((1.0,),), B=(0.0,), C=(0.0,), D=1.0),
-            preconditioner=sign_step(hyper["lr"], step.after["momentum_buffer"] if mu > 0 else u),
+            preconditioner=OfReadout(lambda m: sign_step(hyper["lr"], m)),
             gradient_operator=sign,
             **decay,
         )

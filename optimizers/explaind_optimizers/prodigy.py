@@ -6,14 +6,14 @@ import math
 
 import torch
 
-from explaind_core import LinearFilter, RecordedStep, StepCoefficients
+from explaind_core import LinearFilter, RecordedStep, StepCoefficients, UpdateRule
 from explaind_core.operators import Diagonal
-from explaind_optimizers.aside import OptionsAside, ascent
+from explaind_optimizers.common import MAXIMIZE, ascent
 
 __all__ = ["ProdigyRule", "PytorchOptimizerProdigyRule"]
 
 
-class ProdigyRule(OptionsAside):
+class ProdigyRule(UpdateRule):
     r"""Prodigy of prodigyopt (Mishchenko & Defazio, 2024): Adam that estimates its own rate d.
 
     ``m <- b1 m + (1 - b1) d g;  v <- b2 v + (1 - b2) d^2 g^2;  theta <- theta - d lr m / (sqrt(v) + d' eps)``, d' the
@@ -57,13 +57,14 @@ class ProdigyRule(OptionsAside):
         )
 
 
-class PytorchOptimizerProdigyRule(OptionsAside):
+class PytorchOptimizerProdigyRule(UpdateRule):
     r"""Prodigy of pytorch_optimizer: as :class:`ProdigyRule`, with another clock and another weight decay.
 
     Without ``eps`` it moves by ``d lr atan2(m, sqrt(v))``. Decay that is not decoupled has no effect: it enters the
     gradient when that has been used already. All groups are taken to share their learning rate and betas.
     """
 
+    attributes = MAXIMIZE
     optimizers = ("pytorch_optimizer.optimizer.prodigy.Prodigy",)
     options = frozenset(
         {"lr", "betas", "beta3", "eps", "weight_decay", "weight_decouple", "fixed_decay", "bias_correction", "d0"}

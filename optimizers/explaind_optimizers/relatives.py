@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from explaind_core import LinearFilter, RecordedStep, StepCoefficients
+from explaind_core import LinearFilter, RecordedStep, StepCoefficients, UpdateRule
 from explaind_core.operators import Diagonal, LinearOperator
-from explaind_optimizers.aside import OptionsAside, ascent, cautious_mask, decays, ticks
+from explaind_optimizers.common import MAXIMIZE, ascent, cautious_mask, decays, ticks
 from explaind_optimizers.lamb import rectified
 
 __all__ = ["AdaBeliefRule", "AggMoRule", "LaPropRule", "QHAdamRule", "QHMRule"]
@@ -16,7 +16,7 @@ __all__ = ["AdaBeliefRule", "AggMoRule", "LaPropRule", "QHAdamRule", "QHMRule"]
 COMMON = frozenset({"lr", "weight_decay", "weight_decouple", "fixed_decay", "foreach", "maximize", "step"})
 
 
-class AdaBeliefRule(OptionsAside):
+class AdaBeliefRule(UpdateRule):
     r"""AdaBelief of pytorch_optimizer (Zhuang et al., 2020): Adam with the variance of g around m.
 
     ``v <- b2 v + (1 - b2) (g - m)^2 + eps;  theta <- theta - lr m^ / (sqrt(v^) + eps)``, optionally rectified.
@@ -32,7 +32,7 @@ class AdaBeliefRule(OptionsAside):
             "adam_debias",
         }
     )
-    aside = {n: n for n in ("maximize", "n_sma_threshold", "degenerated_to_sgd")}
+    attributes = {n: n for n in ("maximize", "n_sma_threshold", "degenerated_to_sgd")}
     filter_states = ("exp_avg",)
 
     def coefficients(self, step: RecordedStep) -> StepCoefficients:
@@ -58,7 +58,7 @@ class AdaBeliefRule(OptionsAside):
         )
 
 
-class LaPropRule(OptionsAside):
+class LaPropRule(UpdateRule):
     r"""LaProp of pytorch_optimizer (Ziyin et al., 2020): momentum of preconditioned gradients.
 
     ``v <- b2 v + (1 - b2) g^2;  m <- b1 m + (1 - b1) lr g / (sqrt(v) + eps) sqrt(1 - b2^t);
@@ -68,7 +68,7 @@ class LaPropRule(OptionsAside):
 
     optimizers = ("pytorch_optimizer.optimizer.laprop.LaProp",)
     options = COMMON | {"betas", "eps", "centered", "ams_bound", "steps_before_using_centered", "cautious"}
-    aside = {n: n for n in ("maximize", "steps_before_using_centered")}
+    attributes = {n: n for n in ("maximize", "steps_before_using_centered")}
     filter_states = ("exp_avg",)
 
     def coefficients(self, step: RecordedStep) -> StepCoefficients:
@@ -95,13 +95,14 @@ class LaPropRule(OptionsAside):
         )
 
 
-class QHAdamRule(OptionsAside):
+class QHAdamRule(UpdateRule):
     r"""QHAdam of pytorch_optimizer (Ma & Yarats, 2019): Adam that mixes averages with the present gradient.
 
     ``theta <- theta - lr (nu1 m + (1 - nu1) g) / (sqrt(nu2 v + (1 - nu2) g^2) + eps)``. The averages' weights
     ``1 / (1 + b + b^2 + ...)`` are kept in single precision: they are read from the state.
     """
 
+    attributes = MAXIMIZE
     optimizers = ("pytorch_optimizer.optimizer.qhadam.QHAdam",)
     options = COMMON | {"betas", "nus", "eps"}
     filter_states = ("exp_avg",)
@@ -121,9 +122,10 @@ class QHAdamRule(OptionsAside):
         )
 
 
-class QHMRule(OptionsAside):
+class QHMRule(UpdateRule):
     r"""QHM of pytorch_optimizer (Ma & Yarats, 2019): ``theta <- theta - lr (nu m + (1 - nu) g)``."""
 
+    attributes = MAXIMIZE
     optimizers = ("pytorch_optimizer.optimizer.qhm.QHM",)
     options = COMMON | {"momentum", "nu"}
     filter_states = ("momentum_buffer",)
@@ -139,12 +141,13 @@ class QHMRule(OptionsAside):
         )
 
 
-class AggMoRule(OptionsAside):
+class AggMoRule(UpdateRule):
     r"""AggMo of pytorch_optimizer (Lucas et al., 2019): the mean of K momentum buffers, one for each beta.
 
     ``m_k <- b_k m_k + g;  theta <- theta - lr (m_1 + ... + m_K) / K``. The filter has K states.
     """
 
+    attributes = MAXIMIZE
     optimizers = ("pytorch_optimizer.optimizer.aggmo.AggMo",)
     options = COMMON | {"betas"}
 

@@ -34,7 +34,7 @@ class RpropRule(UpdateRule):
         )
 
     def recursion(self, step: Any) -> Any:
-        """As torch does it: the size grows while the sign stays, and shrinks, with a step left out, where it changes."""
+        """As torch does it: sizes grow while the sign stays; where it changes they shrink, and the step is left out."""
         hyper, state, (shrink, grow) = step.hyper, step.state, step.hyper["etas"]
         g = -step.gradient if hyper["maximize"] else step.gradient
         agreement, size = g * state["prev"], state.get("step_size", hyper["lr"])

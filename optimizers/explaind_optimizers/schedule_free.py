@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from explaind_core import LinearFilter, RecordedStep, StepCoefficients
+from explaind_core import LinearFilter, RecordedStep, StepCoefficients, UpdateRule
 from explaind_core.operators import Diagonal, LinearOperator, Scalar
-from explaind_optimizers.aside import OptionsAside, ascent
+from explaind_optimizers.common import MAXIMIZE, ascent
 
 __all__ = ["AdamWScheduleFreePaperRule", "AdamWScheduleFreeRule", "RAdamScheduleFreeRule", "SGDScheduleFreeRule"]
 
 
-class ScheduleFree(OptionsAside):
+class ScheduleFree(UpdateRule):
     r"""What all of them share (Defazio et al., 2024).
 
     ``u = E[g] + lr wd y;  z <- z - u;  x <- (1 - c) x + c z;  y = (1 - b) z + b x``, c the weight of this step among
@@ -25,6 +25,7 @@ class ScheduleFree(OptionsAside):
         m_s = (1 - c) m + b (1 - c) u;  y_s - y = -c m - (1 - b (1 - c)) u;  x_s - x = -c m / b - c u
     """
 
+    attributes = MAXIMIZE
     evaluates_elsewhere = True
 
     @abstractmethod

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from explaind_core import LinearFilter, RecordedStep, StepCoefficients
+from explaind_core import LinearFilter, RecordedStep, StepCoefficients, UpdateRule
 from explaind_core.operators import LinearOperator
-from explaind_optimizers.aside import OptionsAside, ascent, decays
+from explaind_optimizers.common import ascent, decays
 
 __all__ = ["AlongAxes", "ShampooRule"]
 
@@ -37,7 +37,7 @@ class AlongAxes(LinearOperator):
         return AlongAxes(tuple(matrix.mT for matrix in self.matrices))
 
 
-class ShampooRule(OptionsAside):
+class ShampooRule(UpdateRule):
     r"""Shampoo of pytorch_optimizer (Gupta et al., 2018), with and without momentum.
 
     ``L_a <- L_a + G_a G_a^T`` for each of n axes; ``m <- K (mu m + (1 - mu) g)``, ``K`` the product of all
@@ -51,7 +51,7 @@ class ShampooRule(OptionsAside):
         {"lr", "momentum", "weight_decay", "weight_decouple", "fixed_decay", "matrix_eps", "maximize", "step"}
         | {"preconditioning_compute_steps"}
     )
-    aside = {n: n for n in ("maximize", "preconditioning_compute_steps")}
+    attributes = {n: n for n in ("maximize", "preconditioning_compute_steps")}
     filter_states = ("momentum_buffer",)
 
     def coefficients(self, step: RecordedStep) -> StepCoefficients:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from explaind_core import LinearFilter, RecordedStep, StepCoefficients
+from explaind_core import LinearFilter, RecordedStep, StepCoefficients, UpdateRule
 from explaind_core.operators import Diagonal, LinearOperator, Rotated
-from explaind_optimizers.aside import OptionsAside, ascent, ticks
+from explaind_optimizers.common import ascent, ticks
 
 __all__ = ["Layout", "Reshaped", "SOAPRule"]
 
@@ -78,7 +78,7 @@ class Reshaped(LinearOperator):
         return Reshaped(self.inner.adjoint, self.layout)
 
 
-class SOAPRule(OptionsAside):
+class SOAPRule(UpdateRule):
     r"""SOAP of pytorch_optimizer (Vyas et al., 2024): Adam in the eigenbasis Q of Shampoo's preconditioner.
 
     ``m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) (Q^T g)^2;  theta <- (1 - lr wd) (theta - lr Q [Q^T m^ /
@@ -91,7 +91,7 @@ class SOAPRule(OptionsAside):
         {"lr", "betas", "shampoo_beta", "weight_decay", "precondition_frequency", "max_precondition_dim", "merge_dims"}
         | {"precondition_1d", "correct_bias", "normalize_gradient", "data_format", "eps", "maximize", "step"}
     )
-    aside = {"maximize": "maximize", "data_format": "data_format"}
+    attributes = {"maximize": "maximize", "data_format": "data_format"}
     filter_states = ("exp_avg",)
 
     def coefficients(self, step: RecordedStep) -> StepCoefficients:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from explaind_core import LinearFilter, RecordedStep, StepCoefficients, UpdateRule
-from explaind_core.operators import Diagonal
-from explaind_optimizers.aside import OptionsAside, ascent, decays
+from explaind_core.operators import Diagonal, OfReadout
+from explaind_optimizers.common import ascent, decays
 
 __all__ = ["SophiaGRule", "SophiaHRule"]
 
@@ -18,7 +20,7 @@ def clipped(m: Tensor, h: Tensor, bound: float) -> Tensor:
     return torch.where(size > bound * h, bound / size.clamp(min=torch.finfo(m.dtype).tiny), 1 / h)
 
 
-class SophiaHRule(OptionsAside):
+class SophiaHRule(UpdateRule):
     r"""SophiaH of pytorch_optimizer (Liu et al., 2023): Hutchinson's estimate of the Hessian's diagonal h.
 
     ``m <- b1 m + (1 - b1) g;  theta <- theta - lr clip(m / max(h, eps), p)``. h is an average of random estimates, or
@@ -30,13 +32,14 @@ class SophiaHRule(OptionsAside):
         {"lr", "betas", "weight_decay", "weight_decouple", "fixed_decay", "p", "eps", "foreach", "maximize", "step"}
         | {"update_period", "num_samples", "hessian_distribution"}
     )
-    aside = {
+    attributes = {
         "maximize": "maximize",
         "update_period": "update_period",
         "num_samples": "num_samples",
         "hessian_distribution": "distribution",
     }
     filter_states = ("momentum",)
+    outside = ("hessian",)
 
     def coefficients(self, step: RecordedStep) -> StepCoefficients:
         """``P_s = lr min(1 / max(h, eps), p / |m_s|)``."""
@@ -44,10 +47,26 @@ class SophiaHRule(OptionsAside):
         h = step.after["hessian_moment"].clamp(min=hyper["eps"])
         return StepCoefficients(
             filter=LinearFilter.ema(hyper["betas"][0]),
-            preconditioner=Diagonal(clipped(step.after["momentum"], h, hyper["p"]) * hyper["lr"]),
+            preconditioner=OfReadout(lambda m: Diagonal(clipped(m, h, hyper["p"]) * hyper["lr"])),
             gradient_operator=ascent(hyper),
             **decays(hyper),
         )
+
+    def replay_step(self, optimizer: torch.optim.Optimizer, outside: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+        """Give the recorded estimates where a step had new ones: there is no graph to make them from."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        first = optimizer.param_groups[0]
+        if not outside and first.get("step", 0) % first["update_period"] != 0:
+            optimizer.step()
+            return
+        held = {p: optimizer.state[p]["hessian"] for p in parameters if "hessian" in optimizer.state.get(p, {})}
+        known = {**held, **{p: entries["hessian"] for p, entries in outside.items()}}
+        optimizer.step(hessian=[known.get(p, torch.zeros_like(p)).clone() for p in parameters])  # type: ignore[call-overload]
+        for p in parameters:
+            if p not in known:  # it has no gradient, and the real optimizer no estimate of it
+                del optimizer.state[p]["hessian"]
+                if not optimizer.state[p]:
+                    del optimizer.state[p]
 
 
 class SophiaGRule(UpdateRule):
@@ -62,6 +81,7 @@ class SophiaGRule(UpdateRule):
     options = frozenset({"lr", "betas", "rho", "weight_decay", "maximize"})
     fixed = {"capturable": (False,)}
     filter_states = ("exp_avg",)
+    outside = ("hessian",)
     batch_size = 5120
 
     def coefficients(self, step: RecordedStep) -> StepCoefficients:
@@ -70,7 +90,14 @@ class SophiaGRule(UpdateRule):
         h = hyper["rho"] * self.batch_size * step.after["hessian"] + 1e-15
         return StepCoefficients(
             filter=LinearFilter.ema(hyper["betas"][0]),
-            preconditioner=Diagonal(clipped(step.after["exp_avg"], h, 1.0) * hyper["lr"]),
+            preconditioner=OfReadout(lambda m: Diagonal(clipped(m, h, 1.0) * hyper["lr"])),
             gradient_operator=ascent(hyper),
             decoupled_decay=hyper["lr"] * hyper["weight_decay"],
         )
+
+    def replay_step(self, optimizer: torch.optim.Optimizer, outside: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+        """Set the Hessian as it stood; before its first step the optimizer makes it itself."""
+        for p, entries in outside.items():
+            if optimizer.state.get(p):
+                optimizer.state[p]["hessian"] = entries["hessian"].clone()
+        optimizer.step()

@@ -49,13 +49,12 @@ class Entry:
         return found
 
     def maker(self) -> Callable[..., torch.optim.Optimizer]:
-        """Makes an optimizer as a recorder shows it to the rule, ready for training."""
+        """Makes an optimizer that is ready for training."""
         kind = self.kind()
         made = kind if self.adapted is None else self.adapted(kind)
 
         def make(groups: Any, **options: Any) -> torch.optim.Optimizer:
             optimizer = made(groups, **options)
-            self.rule().claims(optimizer)
             if hasattr(optimizer, "train"):  # Schedule-Free optimizers start in evaluation mode
                 optimizer.train()
             return optimizer
@@ -86,7 +85,9 @@ def given_hessians(kind: Kind) -> Kind:
     """SophiaH whose Hessian is drawn: gradients that are given have no graph to estimate it from."""
 
     class Given(kind):  # type: ignore[misc, valid-type]
-        def step(self, closure: Any = None) -> Any:
+        def step(self, closure: Any = None, hessian: Any = None) -> Any:
+            if hessian is not None:  # in replay
+                return super().step(closure, hessian=hessian)
             t = int(self.param_groups[0].get("step", 0))
             generator, drawn = torch.Generator().manual_seed(t), None
             if t % 2 == 0:

@@ -3,44 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from explaind_core import RecordedStep, UpdateRule
+from explaind_core import RecordedStep
 from explaind_core.operators import LinearOperator
 
-__all__ = ["Centred", "OptionsAside", "ascent", "cautious_mask", "decays", "ticks"]
+__all__ = ["MAXIMIZE", "Centred", "ascent", "cautious_mask", "decays", "ticks"]
 
 
-class OptionsAside(UpdateRule):
-    """A rule for optimizers that keep constructor options as attributes of themselves, outside their groups.
-
-    A rule and a recording look at the groups. So claiming such an optimizer writes these options into its groups too,
-    where it never looks itself, and into its defaults, so that they are checked, recorded and given to the constructor
-    like all the others when the run is replayed.
-
-    Attributes:
-        aside: constructor option -> attribute that holds it.
-    """
-
-    aside: ClassVar[Mapping[str, str]] = {"maximize": "maximize"}
-
-    def claims(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether this rule speaks for ``optimizer``; if so, its options aside become visible in its groups."""
-        claimed = super().claims(optimizer)
-        for option, attribute in self.aside.items():
-            if claimed and hasattr(optimizer, attribute):
-                for group in (optimizer.defaults, *optimizer.param_groups):
-                    group[option] = getattr(optimizer, attribute)
-        return claimed
+#: pytorch_optimizer keeps this option as an attribute of its optimizers, not in their groups.
+MAXIMIZE: Mapping[str, str] = {"maximize": "maximize"}
 
 
 class Centred(LinearOperator):
     """Gradient centralisation: subtracts the mean over all axes but the first; vectors are left alone.
 
     Example:
+        >>> import torch
         >>> Centred().apply(torch.tensor([[1.0, 3.0]]))
         tensor([[-1.,  1.]])
     """

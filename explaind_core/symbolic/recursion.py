@@ -1,0 +1,138 @@
+"""What a rule's ``recursion`` is shown, and the hyper-parameters that a proof goes through."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]
+
+from explaind_core.coefficients import UpdateRule
+from explaind_core.symbolic.branches import Datum, Option
+from explaind_core.symbolic.tensor import SymbolicTensor, exact
+
+__all__ = ["Configuration", "RecursionStep", "State", "configurations", "hyper_parameters"]
+
+Configuration = Mapping[str, Any]
+
+
+class State(dict[str, Any]):
+    """The optimizer's state of one parameter; an entry that is missing reads as 0."""
+
+    def __init__(self, entries: Mapping[str, Any], keep: Callable[[str, Any], Any] | None = None) -> None:
+        super().__init__(entries)
+        self._keep = keep
+
+    def __missing__(self, key: str) -> SymbolicTensor:
+        return SymbolicTensor(0)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        value = value if isinstance(value, SymbolicTensor) else SymbolicTensor(value)
+        if self._keep:
+            # In place, so that in v = state["v"] = ... both are the same symbol.
+            value.expr = self._keep(key, value.expr)
+        super().__setitem__(key, value)
+
+
+@dataclass
+class RecursionStep:
+    """One step, as :meth:`explaind_core.UpdateRule.recursion` is shown it; numbers are :class:`SymbolicTensor` too.
+
+    Attributes:
+        theta, gradient: of this parameter, before the step. hyper: its group's hyper-parameters before the step.
+        clock: t, this parameter's own steps so far, this one included. step: s, the optimizer's. name: of the step.
+        state: this parameter's state in the optimizer, to be updated; an entry that is missing reads as 0.
+        hyper_after: the group's entries that the optimizer changes by itself, to be written.
+        mask: of a sparse gradient. A recursion that reads it says that gradients are sparse.
+
+    Example:
+        >>> two = SymbolicTensor(2)
+        >>> step = RecursionStep(theta=two, gradient=two, hyper={"lr": 0.5})
+        >>> step.state["m"] = 0.5 * step.state["m"] + step.gradient
+        >>> step.theta - step.hyper["lr"] * step.sqrt(step.state["m"] * 2)
+        SymbolicTensor(1)
+    """
+
+    theta: Any
+    gradient: Any
+    hyper: Mapping[str, Any]
+    clock: Any = 1
+    step: Any = 1
+    state: State = field(default_factory=lambda: State({}))
+    hyper_after: State = field(default_factory=lambda: State({}))
+    name: str = ""
+    sparse: bool = False
+
+    @property
+    def mask(self) -> SymbolicTensor:  # noqa: D102
+        self.sparse = True
+        return SymbolicTensor(Datum(f"mask_{self.name}", real=True))
+
+    @staticmethod
+    def sqrt(x: Any) -> SymbolicTensor:
+        """The square root."""
+        return SymbolicTensor(sympy.sqrt(exact(x)))
+
+    @staticmethod
+    def sign(x: Any) -> SymbolicTensor:
+        """-1, 0 or 1."""
+        return SymbolicTensor(sympy.sign(exact(x)))
+
+    @staticmethod
+    def max(*x: Any) -> SymbolicTensor:
+        """The largest, elementwise."""
+        return SymbolicTensor(sympy.Max(*map(exact, x)))
+
+    @staticmethod
+    def min(*x: Any) -> SymbolicTensor:
+        """The smallest, elementwise."""
+        return SymbolicTensor(sympy.Min(*map(exact, x)))
+
+    @staticmethod
+    def mean(x: Any) -> SymbolicTensor:
+        """The mean over the tensor."""
+        return SymbolicTensor(x).mean()
+
+    @staticmethod
+    def norm(x: Any) -> SymbolicTensor:
+        """The 2-norm of the tensor."""
+        return SymbolicTensor(x).norm()
+
+
+def configurations(rule: UpdateRule) -> Iterator[Configuration]:
+    """Every combination of the values in ``proved_for`` and ``fixed``."""
+    listed = {**rule.fixed, **rule.proved_for}
+    for values in itertools.product(*listed.values()):
+        yield dict(zip(listed, values, strict=True))
+
+
+def hyper_parameters(rule: UpdateRule, configuration: Configuration, label: object = "") -> dict[str, Any]:
+    """The hyper-parameters of the step named ``label``: symbols, but where the configuration has a value.
+
+    Example:
+        >>> from explaind_optimizers import AdamWRule
+        >>> hyper_parameters(AdamWRule(), {"betas": (..., 0.5)}, 2)["betas"]
+        (SymbolicTensor(beta1_2), SymbolicTensor(1/2))
+    """
+    listed = {name: _value(name, value, label) for name, value in configuration.items()}
+    free = {n: SymbolicTensor(Option(_named(n, label), positive=True)) for n in rule.options - set(configuration)}
+    return {**free, **listed}
+
+
+def _value(name: str, value: Any, label: object) -> Any:
+    if isinstance(value, list):
+        value = value[(label - 1) % len(value) if isinstance(label, int) else 0]
+    if value is ...:
+        return SymbolicTensor(sympy.Symbol(_named(name, label), positive=True))
+    if isinstance(value, tuple):
+        single = name if name == "eps" else name.removesuffix("s")
+        return tuple(_value(f"{single}{k}", v, label) for k, v in enumerate(value, start=1))
+    number = isinstance(value, (int, float, Fraction)) and not isinstance(value, bool)
+    return SymbolicTensor(value) if number else value
+
+
+def _named(name: str, label: object) -> str:
+    return f"{name}_{label}" if label != "" else name
