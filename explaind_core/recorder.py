@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch
@@ -32,6 +33,7 @@ class _Pending(SeenStep):
     seen: bool = False  # whether gradients were taken (with a closure this happens inside step())
     skipped: bool = False  # a gradient scaler found an infinity: the optimizer will do nothing
     iterations: int = 0  # that it had made before
+    nested: int = 0  # how many inner calls of step() are running
 
 
 class Recorder:
@@ -195,6 +197,9 @@ class Recorder:
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._pending is not None and _steps_running(optimizer) > 1:
+            self._pending.nested += 1  # a step() that calls super().step(): what counts is what the outer one was fed
+            return None
         pending = self._pending = _Pending()
         self._subject.check_parameters()  # groups may have been added
         pending.groups = self._subject.groups()
@@ -268,6 +273,9 @@ class Recorder:
         pending.evaluations.append(Evaluation(theta, value, gradients))
 
     def _after_step(self, _optimizer: torch.optim.Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        if self._pending is not None and self._pending.nested:
+            self._pending.nested -= 1
+            return
         pending, self._pending = self._pending, None
         if pending is None:  # the recorder was made inside this very step
             return
@@ -301,3 +309,14 @@ class Recorder:
             gradients, evaluations = dict(iteration.evaluations[0].gradients), list(iteration.evaluations)
             single = SeenStep(gradients, iteration.groups, evaluations)
             self._writer.finish(single, iteration.theta, self._batches, self._factor, iteration.state)
+
+
+def _steps_running(optimizer: torch.optim.Optimizer) -> int:
+    """How many calls of ``optimizer.step`` are on the stack. Hooks run for each; an earlier one that raised is gone."""
+    frame: FrameType | None = sys._getframe()
+    count = 0
+    while frame is not None:
+        hooked = frame.f_code.co_name == "wrapper" and frame.f_globals.get("__name__") == "torch.optim.optimizer"
+        count += hooked and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return count
