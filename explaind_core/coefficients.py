@@ -279,8 +279,11 @@ class UpdateRule(ABC):
         filter_states: the optimizer-state entries that hold the filter's states m, in order. Needed for
             runs whose recording starts with a non-empty state.
         proved_for: option -> values that :func:`explaind_core.symbolic.prove` goes through, in every combination.
-            ``...`` stands for any positive number, ``(..., ...)`` for a pair of them, a list for one value a step. An
-            option that is not listed is any positive number.
+            ``...`` stands for any positive number, ``(..., ...)`` for a pair of them, a list for one value a step, a
+            function for a value that follows from the optimizer's step s (a counter), and ``NotImplemented`` for an
+            option that is not there. An option that is not listed is any positive number. Names separated by spaces
+            take their values together. Two names are no options: ``point`` and ``ndim``, the :class:`RecordedStep`'s
+            point and its tensors' number of axes.
         no_closed_form: why there is no recursion to prove the coefficients against, where there is none.
         attributes: constructor option -> the optimizer's attribute that holds it, for options that it does not keep in
             its parameter groups; they are checked, recorded and shown as if they stood there.

@@ -205,14 +205,7 @@ class Recorder:
         pending.groups = self._subject.groups()
         if self._splitter is not None:
             pending.iterations = self._splitter.count(optimizer)
-        for name, parameter in self._subject.parameters.items():
-            if not self._subject.untouched(self._writer.last[name], parameter.detach().cpu()):
-                raise RecordingError(
-                    "a parameter changed outside optimizer.step()",
-                    where=f"parameter {name!r}, between step {self.steps} and step {self.steps + 1}",
-                    expected="the value that the last step left",
-                    remedy="make the Recorder after the model is initialised, and change parameters in step() only",
-                )
+        self._check_untouched("outside optimizer.step()")
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._see_gradients(pending)
@@ -233,12 +226,23 @@ class Recorder:
                 self._batches.drop_repeats(declared, self.steps + 1)
                 self._see_again(pending, result)
             else:
+                self._check_untouched("inside the closure")
                 self._see_gradients(pending, result)
             return result
 
         if len(args) > 1:
             return (args[0], watched, *args[2:]), kwargs
         return args, {**kwargs, "closure": watched}
+
+    def _check_untouched(self, how: str) -> None:
+        for name, parameter in self._subject.parameters.items():
+            if not self._subject.untouched(self._writer.last[name], parameter.detach().cpu()):
+                raise RecordingError(
+                    f"a parameter changed {how}",
+                    where=f"parameter {name!r}, between step {self.steps} and step {self.steps + 1}",
+                    expected="the value that the last step left",
+                    remedy="make the Recorder after the model is initialised, and change parameters in step() only",
+                )
 
     def _see_gradients(self, pending: _Pending, loss: Any = None) -> None:
         pending.seen = True

@@ -139,19 +139,32 @@ def test_a_closure_that_draws_another_batch_is_refused(tmp_path):
     assert "draw the batch outside the closure" in str(caught.value)
 
 
-@pytest.mark.parametrize("search", [None, "strong_wolfe"])
-def test_a_closure_that_changes_parameters_is_refused(tmp_path, search):
+@pytest.mark.parametrize(
+    ("search", "call", "message"),
+    [
+        (None, 1, "a parameter changed inside the closure"),
+        ("strong_wolfe", 1, "a parameter changed inside the closure"),
+        (None, 2, "cannot be told apart"),
+        (None, 3, "do not stand where"),  # the last evaluation, behind the last move
+    ],
+)
+def test_a_closure_that_changes_parameters_is_refused(tmp_path, search, call, message):
     model = perceptron()
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3, line_search_fn=search)
+    # It stops by its tolerance, behind the evaluation at what the second iteration reached.
+    options = {"max_iter": 5, "max_eval": 3} if call == 3 else {"max_iter": 5}
+    optimizer = torch.optim.LBFGS(model.parameters(), line_search_fn=search, **options)
+    calls = []
 
     def meddle():
-        with torch.no_grad():
-            model[0].bias.add_(0.1)
+        calls.append(0)
+        if len(calls) == call:
+            with torch.no_grad():
+                model[0].bias.add_(0.1)
 
     with explaind.Recorder(tmp_path / "run", model, optimizer, LOSS) as recorder:
         ids = torch.arange(12)
         recorder.batch(INPUTS[ids], TARGETS[ids], ids=ids)
-        with pytest.raises(RecordingError, match=r"cannot be told apart|do not stand where"):
+        with pytest.raises(RecordingError, match=message):
             optimizer.step(closure_of(model, optimizer, ids, meddle))
 
 

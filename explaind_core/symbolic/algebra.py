@@ -99,7 +99,27 @@ def is_zero(expr: Any, branch: Branch, definitions: Mapping[Any, Any] | None = N
 
 def _known(expr: Any, branch: Branch) -> Any:
     known = as_symbols(branch.facts(as_symbols(expr)))
-    return known.xreplace({m: _largest(m) for m in known.atoms(sympy.Max)})
+    known = known.xreplace({m: _largest(m) for m in known.atoms(sympy.Max)})
+    return known.xreplace({m: _in_factors(m) for m in known.atoms(sympy.Abs, sympy.sign)})
+
+
+@lru_cache(maxsize=4096)
+def _in_factors(magnitude: Any) -> Any:
+    """A magnitude or a sign, of the factors that data are in; of the others the sign is known."""
+    found, inside = sympy.S.One, sympy.S.One
+    for factor in sympy.Mul.make_args(sympy.factor(magnitude.args[0])):
+        sign = 0 if factor.has(Datum) else _sign_at_valid(factor)
+        found *= 1 if sign == 0 else sign * factor if isinstance(magnitude, sympy.Abs) else sign
+        inside *= factor if sign == 0 else 1
+    return found * type(magnitude)(inside)
+
+
+def _sign_at_valid(expr: Any) -> int:
+    """The sign at all valid hyper-parameters, by samples of them: 1 - beta has one, beta1 - beta2 has none (0)."""
+    draw = random.Random(0)
+    samples = ({x: sympy.Rational(draw.randint(1, 96), 97) for x in expr.free_symbols} for _ in range(20))
+    signs = {int(sympy.sign(expr.xreplace(at))) for at in samples}
+    return signs.pop() if len(signs) == 1 else 0
 
 
 def _largest(maximum: Any) -> Any:
@@ -180,7 +200,7 @@ def _split_roots(expr: Any) -> Any:
 def _differs_somewhere(expr: Any, branch: Branch, definitions: Mapping[str, Any], tries: int = 300) -> bool:
     """Whether ``expr`` is not zero at some numbers that are on this way through the code."""
     draw = random.Random(0)
-    zeros = {x.name: sympy.S.Zero for x, answer in branch.zero.items() if answer and x.is_Symbol}
+    definitions = {**definitions, **{x.name: as_symbols(e) for x, e in branch.solved.items()}}
     values: dict[str, Any] = {}
     sizes: tuple[int, ...] = (1,)
 
@@ -201,9 +221,12 @@ def _differs_somewhere(expr: Any, branch: Branch, definitions: Mapping[str, Any]
     found = 0
     for k in range(tries):
         # Hyper-parameters are below 1, unless that cannot be on this way.
-        sizes, values = (1,) if k < tries // 2 else (1, 1, 3), dict(zeros)
-        number = at(expr)
-        if number.is_finite and branch.holds(at):
+        sizes, values = (1,) if k < tries // 2 else (1, 1, 3), {}
+        try:
+            number = at(expr) if branch.holds(at) else sympy.nan
+        except (TypeError, ValueError, RecursionError):  # the larger of two complex numbers: not on this way
+            continue
+        if number.is_finite:
             found += 1
             if abs(number) > 1e-15:
                 return True

@@ -33,7 +33,8 @@ class Branch:
         known: a branch whose answers hold here too.
 
     Attributes:
-        positive, zero: the answers so far. open: the prefixes of the ways not taken.
+        positive, zero: the answers so far. open: the prefixes of the ways not taken. solved: symbol -> what it is, by
+            what is zero.
     """
 
     def __init__(self, prefix: tuple[bool, ...] | None = (), known: Branch | None = None) -> None:
@@ -42,6 +43,7 @@ class Branch:
         self.open: list[tuple[bool, ...]] = []
         self.positive: dict[Any, bool] = dict(known.positive) if known else {}
         self.zero: dict[Any, bool] = dict(known.zero) if known else {}
+        self.solved: dict[Any, Any] = dict(known.solved) if known else {}
 
     def is_positive(self, x: Any) -> bool:
         """Whether ``x > 0``."""
@@ -59,7 +61,7 @@ class Branch:
 
     def is_zero(self, x: Any) -> bool:
         """Whether ``x == 0``. Two hyper-parameters are never equal: special values are a rule's ``proved_for``."""
-        x = _unsigned(self._canonical(x))
+        x = self._data(x)
         _refuse_an_option(x)
         known = x.is_zero if x.has(Datum) else bool(x.is_zero)
         if known is None:
@@ -69,18 +71,18 @@ class Branch:
             known = False if above or below else True if above is False and below is False else None
         if known is None:
             known = self.zero[x] = False if self._contradicts_zero(x) else self._choose(f"{x} == 0")
+            self.solved = self._zeros()
         return bool(known)
 
     def facts(self, expr: Any) -> Any:
         """``expr`` with what is known on this way through the code put in."""
-        expr = expr.xreplace(self._zeros())
+        expr = expr.xreplace(self.solved)
         for x, answer in self.positive.items():
             for symbol, sign in ((x, "positive"), (-x, "negative")):
                 if answer and symbol.is_Symbol:
                     expr = expr.xreplace({symbol: type(symbol)(symbol.name, **{sign: True})})
         chosen = {m: self._chosen(m) for m in expr.atoms(sympy.Max, sympy.Min)}
-        nonzero = {x for x, answer in self.zero.items() if not answer}
-        signs = {s: s.args[0] / sympy.Abs(s.args[0]) for s in expr.atoms(sympy.sign) if _unsigned(s.args[0]) in nonzero}
+        signs = {s: self._sign(s) for s in expr.atoms(sympy.sign, sympy.Abs)} if self.zero else {}
         return expr.xreplace({**chosen, **signs})
 
     def common(self, other: Branch) -> Branch:
@@ -88,6 +90,7 @@ class Branch:
         found = Branch()
         found.positive = {x: a for x, a in self.positive.items() if other.positive.get(x) == a}
         found.zero = {x: a for x, a in self.zero.items() if other.zero.get(x) == a}
+        found.solved = found._zeros()
         return found
 
     def holds(self, at: Callable[[Any], Any]) -> bool:
@@ -115,11 +118,37 @@ class Branch:
                 return first if answer == isinstance(extremum, sympy.Max) else second
         return extremum
 
+    def _sign(self, sign: Any) -> Any:
+        """A sign or a magnitude, by what is known of its argument."""
+        x = sign.args[0]
+        data = self._data(x)
+        zero = data == 0 if data.is_number else self.zero.get(data)
+        if zero:
+            return sympy.S.Zero
+        return x / sympy.Abs(x) if isinstance(sign, sympy.sign) and zero is False else sign
+
     def _zeros(self) -> dict[Any, Any]:
-        return {x: sympy.S.Zero for x, answer in self.zero.items() if answer and x.is_Symbol}
+        """What is zero, solved for one of its symbols."""
+        found: dict[Any, Any] = {}
+        for x in (x.xreplace(found) for x, answer in self.zero.items() if answer):
+            linear = (s for s in sorted(x.atoms(Datum), key=str) if not sympy.diff(x, s).has(Datum))
+            symbol = x if x.is_Symbol else next(linear, None)
+            if symbol is not None:
+                solution = {symbol: -x.xreplace({symbol: sympy.S.Zero}) / sympy.diff(x, symbol)}
+                found = {s: e.xreplace(solution) for s, e in found.items()} | solution
+        return found
+
+    def _data(self, x: Any) -> Any:
+        """The factors of ``x`` that may be zero: hyper-parameters and denominators are not."""
+        x = self._canonical(x)
+        if _unsigned(x).is_Symbol or not x.has(Datum):
+            return _unsigned(x)
+        powers = (factor.as_base_exp() for factor in sympy.Mul.make_args(sympy.factor(x)))
+        bases = (_unsigned(base) for base, power in powers if base.has(Datum) and not power.is_negative)
+        return sympy.Mul(*(base for base in bases if self.zero.get(base) is not False))
 
     def _canonical(self, x: Any) -> Any:
-        return _fraction(x.xreplace(self._zeros()))
+        return _fraction(x.xreplace(self.solved))
 
     def _contradicts_zero(self, symbol: Any) -> bool:
         """Whether an earlier answer excludes that ``symbol`` is zero."""
@@ -146,7 +175,8 @@ def _fraction(x: Any) -> Any:
     if x.is_number or _unsigned(x).is_Symbol:
         return x
     over, under = sympy.fraction(sympy.cancel(sympy.together(x)))
-    return over.as_content_primitive()[1] if under.is_positive else over / under
+    signed = sympy.Mul(*(f for f in sympy.Mul.make_args(over.as_content_primitive()[1]) if not f.is_positive))
+    return signed if under.is_positive else signed / under
 
 
 def _unsigned(x: Any) -> Any:

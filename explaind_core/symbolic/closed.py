@@ -95,16 +95,22 @@ class ClosedForms:
 
         names = ("theta", "gradient", "displacement", *(("mask",) if self._path.sparse else ()))
         data = {n: SymbolicTensor(Datum(f"{n}_{label}", real=True)) for n in names}
+        for x in data.values():
+            x.ndim = self._path.configuration.get("ndim", 0)
+        hyper = hyper_parameters(self._rule, self._path.configuration, step=SymbolicTensor(clock))
+        group = {name: SymbolicTensor(Datum(f"{name}_{label}", real=True)) for name in self._path.group}
+        self._shown |= {exact(x): sympy.IndexedBase(name)[{"s": S, "i": I}[label]] for name, x in group.items()}
         return declare(
             self._rule,
             RecordedStep(
                 name=NAME,
                 step=SymbolicTensor(clock),  # type: ignore[arg-type]
                 clock=SymbolicTensor(clock),  # type: ignore[arg-type]
-                hyper=OptimizerState(NAME, self._hyper, "parameter group"),
+                hyper=OptimizerState(NAME, hyper, "parameter group"),
                 before=entries(f"{label}-1"),
                 after=entries(label),
-                hyper_after=OptimizerState(NAME, self._hyper, "parameter group after the step"),
+                hyper_after=OptimizerState(NAME, {**hyper, **group}, "parameter group after the step"),
+                point=self._path.configuration.get("point", "gradient"),
                 **data,  # type: ignore[arg-type]
             ),
         )

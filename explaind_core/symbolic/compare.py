@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -19,6 +19,7 @@ __all__ = ["Comparison"]
 
 #: How any step but the first is shown: as step t.
 _STEP = {EARLIER: sympy.Symbol("t") - 1}
+_WHOLE = "the update as a whole, which is not linear in the gradient"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Comparison:
         # States as symbols may hide that a rule computes them anew: then the whole update decides.
         verdict = self._are_equal(step.expected, step.got)
         if verdict is not True:
+            terms = [*(terms if len(terms) > 1 else self._terms(step, self._linear_but_for_magnitudes)), terms[0]]
             differing = (term for term in terms if self._are_equal(*term[1:]) is verdict)
             self._refute("its recursion", *next(differing, terms[0]), step.label, verdict)
 
@@ -94,18 +96,30 @@ class Comparison:
         definitions = {x: definition.xreplace(constant) for x, definition in self.path.definitions.items()}
         return is_zero(difference.xreplace(constant), self.branch, definitions)
 
-    def _terms(self, step: UnrolledStep) -> list[tuple[str, Any, Any]]:
+    def _terms(
+        self, step: UnrolledStep, linear: Callable[[Any, list[Any]], list[Any] | None] = linear_coefficients
+    ) -> list[tuple[str, Any, Any]]:
         """What is compared, by name: coefficient by coefficient where both updates are linear."""
         facts = self.branch.facts
         memory = [m for m in self.path.memory or () if m.is_Symbol]
         named = [(x, facts(x)) for x in [*reversed(step.gradients), *reversed(step.thetas), *memory]]
         inputs = {x: symbol for x, symbol in named if symbol.is_Symbol}
         expected, got = (facts(as_symbols(x)) for x in (step.expected, step.got))
-        rows = [linear_coefficients(x, list(inputs.values())) for x in (expected, got)]
+        rows = [linear(x, list(inputs.values())) for x in (expected, got)]
         if rows[0] is None or rows[1] is None:
-            return [("the update as a whole, which is not linear in the gradient", expected, got)]
+            return [(_WHOLE, expected, got)]
         names = [*(self._name(x, step) for x in inputs), "what depends on no gradient and no parameter"]
+        if linear is not linear_coefficients:
+            names = [f"{_WHOLE}; with magnitudes taken as given, {name}" for name in names]
         return list(zip(names, rows[0], rows[1], strict=True))
+
+    @staticmethod
+    def _linear_but_for_magnitudes(expr: Any, inputs: list[Any]) -> list[Any] | None:
+        """The inputs' coefficients, where sign(x) is x / abs(x). To name a term only: sign(0) is none of that."""
+        expr = expr.xreplace({s: s.args[0] / sympy.Abs(s.args[0]) for s in expr.atoms(sympy.sign)})
+        given = {m: sympy.Dummy(positive=True) for m in expr.atoms(sympy.Abs) if m.free_symbols & set(inputs)}
+        found = linear_coefficients(expr.xreplace(given), inputs)
+        return found and [c.xreplace({symbol: m for m, symbol in given.items()}) for c in found]
 
     def _name(self, symbol: Any, step: UnrolledStep) -> str:
         t = step.label

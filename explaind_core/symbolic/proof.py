@@ -120,7 +120,8 @@ def shown(value: Any) -> str:
     """
     if isinstance(value, (tuple, list)):
         return f"({', '.join(map(shown, value))})" if isinstance(value, tuple) else " then ".join(map(shown, value))
-    return "any" if value is ... else str(value)
+    known = {id(...): "any", id(NotImplemented): "absent"}
+    return known.get(id(value)) or ("counted" if callable(value) else str(value))
 
 
 def prove(rule: UpdateRule | type[UpdateRule], steps: int = 3) -> Proof:
@@ -159,8 +160,9 @@ def prove(rule: UpdateRule | type[UpdateRule], steps: int = 3) -> Proof:
 
 
 def _signless(ways: list[Way]) -> set[str]:
-    """The state entries that may be negative after some step."""
-    return {name for _, path in ways for name, x in path.state.items() if not exact(x).is_nonnegative}
+    """The entries of state and group that may be negative after some step."""
+    entries = ((*path.state.items(), *path.group.items()) for _, path in ways)
+    return {name for found in entries for name, x in found if not exact(x).is_nonnegative}
 
 
 class _Configured:
@@ -236,5 +238,6 @@ class _Configured:
         return [forms for _, forms in several]
 
     def _comparison(self, branch: Branch, path: Path) -> Comparison:
-        several = {n for n, values in {**self._rule.fixed, **self._rule.proved_for}.items() if len(values) > 1}
+        listed = {**self._rule.fixed, **self._rule.proved_for}.items()
+        several = {n for names, values in listed if len(values) > 1 for n in names.split()}
         return Comparison(path, branch, ", ".join(f"{n}={shown(v)}" for n, v in self._options.items() if n in several))

@@ -17,6 +17,8 @@ from explaind_core.symbolic.tensor import SymbolicTensor, exact
 __all__ = ["Configuration", "RecursionStep", "State", "configurations", "hyper_parameters"]
 
 Configuration = Mapping[str, Any]
+#: What a configuration may say that is no option of the optimizer.
+ASIDE = ("point", "ndim")
 
 
 class State(dict[str, Any]):
@@ -46,6 +48,8 @@ class RecursionStep:
         clock: t, this parameter's own steps so far, this one included. step: s, the optimizer's. name: of the step.
         state: this parameter's state in the optimizer, to be updated; an entry that is missing reads as 0.
         hyper_after: the group's entries that the optimizer changes by itself, to be written.
+        point: ``"evaluated"`` where the recursion is to return ``theta`` + the change of the point where the model is
+            evaluated, as ``proved_for`` says (see :attr:`explaind_core.RecordedStep.point`).
         mask: of a sparse gradient. A recursion that reads it says that gradients are sparse.
 
     Example:
@@ -64,6 +68,7 @@ class RecursionStep:
     state: State = field(default_factory=lambda: State({}))
     hyper_after: State = field(default_factory=lambda: State({}))
     name: str = ""
+    point: str = "gradient"
     sparse: bool = False
 
     @property
@@ -71,10 +76,25 @@ class RecursionStep:
         self.sparse = True
         return SymbolicTensor(Datum(f"mask_{self.name}", real=True))
 
+    def given(self, name: str, *, nonnegative: bool = False) -> SymbolicTensor:
+        """Something from outside of this parameter's gradients (a Hessian, a sum over all tensors): any value."""
+        sign = {"nonnegative" if nonnegative else "real": True}
+        return SymbolicTensor(Datum(f"{name}_{self.name}", **sign))
+
     @staticmethod
     def sqrt(x: Any) -> SymbolicTensor:
         """The square root."""
         return SymbolicTensor(sympy.sqrt(exact(x)))
+
+    @staticmethod
+    def log(x: Any) -> SymbolicTensor:
+        """The natural logarithm."""
+        return SymbolicTensor(sympy.log(exact(x)))
+
+    @staticmethod
+    def exp(x: Any) -> SymbolicTensor:
+        """The exponential function."""
+        return SymbolicTensor(sympy.exp(exact(x)))
 
     @staticmethod
     def sign(x: Any) -> SymbolicTensor:
@@ -106,23 +126,35 @@ def configurations(rule: UpdateRule) -> Iterator[Configuration]:
     """Every combination of the values in ``proved_for`` and ``fixed``."""
     listed = {**rule.fixed, **rule.proved_for}
     for values in itertools.product(*listed.values()):
-        yield dict(zip(listed, values, strict=True))
+        found: dict[str, Any] = {}
+        for names, value in zip(listed, values, strict=True):
+            together = names.split()
+            found |= {names: value} if len(together) == 1 else zip(together, value, strict=True)  # type: ignore[call-overload]
+        yield found
 
 
-def hyper_parameters(rule: UpdateRule, configuration: Configuration, label: object = "") -> dict[str, Any]:
+def hyper_parameters(
+    rule: UpdateRule, configuration: Configuration, label: object = "", step: Any = None
+) -> dict[str, Any]:
     """The hyper-parameters of the step named ``label``: symbols, but where the configuration has a value.
+
+    Args:
+        step: the optimizer's step, for those that are a function of it; None: these are symbols too.
 
     Example:
         >>> from explaind_optimizers import AdamWRule
         >>> hyper_parameters(AdamWRule(), {"betas": (..., 0.5)}, 2)["betas"]
         (SymbolicTensor(beta1_2), SymbolicTensor(1/2))
     """
-    listed = {name: _value(name, value, label) for name, value in configuration.items()}
+    present = {n: v for n, v in configuration.items() if v is not NotImplemented and n not in ASIDE}
+    listed = {name: _value(name, value, label, step) for name, value in present.items()}
     free = {n: SymbolicTensor(Option(_named(n, label), positive=True)) for n in rule.options - set(configuration)}
     return {**free, **listed}
 
 
-def _value(name: str, value: Any, label: object) -> Any:
+def _value(name: str, value: Any, label: object, step: Any = None) -> Any:
+    if callable(value):
+        return SymbolicTensor(Option(_named(name, label), positive=True)) if step is None else value(step)
     if isinstance(value, list):
         value = value[(label - 1) % len(value) if isinstance(label, int) else 0]
     if value is ...:

@@ -106,6 +106,7 @@ class SymbolicTensor:
     device = torch.device("cpu")
     is_sparse = False
     requires_grad = False
+    _op_priority = 20  # sympy's expressions, on the left, leave operations to this class
 
     def __init__(self, value: Any) -> None:
         self.expr = exact(value)
@@ -160,6 +161,8 @@ class SymbolicTensor:
         lower = self if min is None else self.maximum(min)
         found: SymbolicTensor = lower if max is None else lower.minimum(max)
         return found
+
+    clip = clamp
 
     # ------------------------------------------------------------------ over the whole tensor
     def mean(self, dim: Any = None) -> SymbolicTensor:  # noqa: D102

@@ -11,11 +11,11 @@ import sympy  # type: ignore[import-untyped]
 
 from explaind_core.coefficients import OptimizerState, RecordedStep, StepCoefficients, UpdateRule
 from explaind_core.errors import ExplaindError, ProofError
-from explaind_core.operators import LinearOperator, as_operator
+from explaind_core.operators import LinearOperator, OfReadout, as_operator
 from explaind_core.symbolic.algebra import as_symbols, is_nonnegative, linear_coefficients
 from explaind_core.symbolic.branches import Datum
 from explaind_core.symbolic.recursion import Configuration, RecursionStep, State, hyper_parameters
-from explaind_core.symbolic.tensor import SymbolicTensor, exact
+from explaind_core.symbolic.tensor import SymbolicTensor, exact, mean
 
 __all__ = ["Declared", "Path", "UnrolledStep", "declare"]
 
@@ -23,6 +23,8 @@ NAME = "parameter"
 _REMEDY = "use torch's elementwise operations, mean and norm, or say in no_closed_form why it cannot be proved"
 #: t = 1 + EARLIER is any step but the first; the optimizer's own count may be further.
 EARLIER, AHEAD = sympy.symbols("j k", integer=True, positive=True)
+#: In the place of a preconditioner that is made of what the filter reads out, where nothing is read out.
+P_OF_READOUT = Datum("P_s", real=True)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def declare(rule: UpdateRule, recorded: RecordedStep) -> Declared:
             B=tuple(map(_factor, f.B)),
             C=tuple(map(_factor, f.C)),
             D=_factor(f.D),
-            P=_factor(found.preconditioner),
+            P=P_OF_READOUT if isinstance(found.preconditioner, OfReadout) else _factor(found.preconditioner),
             E=_factor(found.gradient_operator),
             W=_factor(found.coupled_decay),
             rho=_factor(found.decoupled_decay),
@@ -140,9 +142,13 @@ class Path:
         def symbol(name: str) -> SymbolicTensor:
             return SymbolicTensor(Datum(f"{name}_t-1", **{"real" if name in signless else "nonnegative": True}))
 
-        state = {name: symbol(name) for name in self.state}
+        state, group = ({name: symbol(name) for name in entries} for entries in (self.state, self.group))
         memory = tuple(state.get(name, SymbolicTensor(0)) for name in self.rule.filter_states)[: len(self.filter)]
-        return Path(self.rule, self.configuration, state=state, filter=memory, memory=tuple(map(exact, memory)))
+        return replace(
+            Path(self.rule, self.configuration, state=state, group=group),
+            filter=memory,
+            memory=tuple(map(exact, memory)),
+        )
 
     def constant(self) -> dict[Any, Any]:
         """Every step's hyper-parameters -> the constant ones."""
@@ -160,11 +166,14 @@ class Path:
         names = _Names(self)
         t, number = (SymbolicTensor(x) for x in names.clocks)
         theta, gradient = (SymbolicTensor(x) for x in (names.thetas[-1], names.gradients[-1]))
-        hyper = {**hyper_parameters(self.rule, self.configuration, names.label), **self.group}
+        theta.ndim = gradient.ndim = self.configuration.get("ndim", 0)
+        point = self.configuration.get("point", "gradient")
+        hyper = {**hyper_parameters(self.rule, self.configuration, names.label, number), **self.group}
+        names.taken = {str(x) for value in hyper.values() for x in getattr(value, "free_symbols", ())}
         group = OptimizerState(NAME, hyper, "parameter group")
         state, changed = State(self.state, names.keep), State({}, names.keep)
         with _on_symbols(self.rule, "recursion"):
-            shown = RecursionStep(theta, gradient, group, t, number, state, changed, str(names.label))
+            shown = RecursionStep(theta, gradient, group, t, number, state, changed, str(names.label), point)
             following = exact(self.rule.recursion(shown))
         recorded = RecordedStep(
             name=NAME,
@@ -173,41 +182,45 @@ class Path:
             hyper=group,
             theta=theta,  # type: ignore[arg-type]
             gradient=gradient,  # type: ignore[arg-type]
-            displacement=SymbolicTensor(Datum(f"displacement_{names.label}", real=True)),  # type: ignore[arg-type]
+            displacement=SymbolicTensor(Datum(f"displacement_{names.label}", real=True, nonzero=True)),  # type: ignore[arg-type]
             before=OptimizerState(NAME, self.state, "state before the step, by the rule's recursion,"),
             after=OptimizerState(NAME, dict(state), "state after the step, by the rule's recursion,"),
             hyper_after=OptimizerState(NAME, {**hyper, **changed}, "parameter group after the step"),
             mask=shown.mask if shown.sparse else None,  # type: ignore[arg-type]
+            point=point,
         )
         declared = declare(self.rule, recorded)
-        got, filtered = self._declared_update(declared.coefficients, theta, gradient)
+        with _on_symbols(self.rule, "coefficients"):
+            got, filtered, P = self._declared_update(declared.coefficients, theta, gradient)
         step = UnrolledStep(
             label=names.label,
             gradients=names.gradients,
             thetas=names.thetas,
             expected=following - theta.expr,
             got=got,
-            declared=(*(self.steps[-1].declared if self.steps else ()), declared),
+            declared=(*(self.steps[-1].declared if self.steps else ()), replace(declared, P=P)),
         )
         return replace(
             self,
             steps=(*self.steps, step),
             state=dict(state),
-            group={**self.group, **changed},
+            group={**self.group, **{n: x for n, x in changed.items() if not callable(self.configuration.get(n))}},
             filter=filtered,
             definitions=names.definitions,
             sparse=shown.sparse,
         )
 
-    def _declared_update(self, found: StepCoefficients, theta: Any, gradient: Any) -> tuple[Any, tuple[Any, ...]]:
-        """The declared theta_t - theta_{t-1}, and the filter's states after it."""
+    def _declared_update(self, found: StepCoefficients, theta: Any, gradient: Any) -> tuple[Any, tuple[Any, ...], Any]:
+        """The declared theta_t - theta_{t-1}, the filter's states after it, and P_t as it is then known."""
         E, W, P, rho = (
             as_operator(getattr(found, n), n)
             for n in ("gradient_operator", "coupled_decay", "preconditioner", "decoupled_decay")
         )
         new: list[Any] = [SymbolicTensor(0)] * (found.filter.order - len(self.filter))
         out, filtered = found.filter.advance((*self.filter, *new), E.apply(gradient) + W.apply(theta))
-        return exact(-P.apply(out) - rho.apply(theta)), filtered
+        if isinstance(P, OfReadout):
+            P = P.make(out)
+        return exact(-P.apply(out) - rho.apply(theta)), filtered, _factor(P)
 
 
 class _Names:
@@ -215,9 +228,12 @@ class _Names:
 
     def __init__(self, path: Path) -> None:
         past, clock = path.steps[-1] if path.steps else None, len(path.steps) + 1
-        self._rule = path.rule
+        self._rule, self._configuration = path.rule, path.configuration
         self.label: int | str = clock if path.memory is None else "t"
-        self.clocks = (clock, clock + (clock > 1)) if path.memory is None else (1 + EARLIER, 1 + EARLIER + AHEAD)
+        # alpha(s, i) of an optimizer that counts its own steps knows of no step that the parameter skips.
+        skips = clock > 1 and not any(map(callable, path.configuration.values()))
+        self.clocks = (clock, clock + skips) if path.memory is None else (1 + EARLIER, 1 + EARLIER + AHEAD)
+        self.taken: set[str] = set()
         before = clock - 1 if path.memory is None else "t-1"
         self.gradients = (*(past.gradients if past else ()), Datum(f"g_{self.label}", real=True))
         self.thetas = (*(past.thetas if past else ()), Datum(f"theta_{before}", real=True))
@@ -225,16 +241,25 @@ class _Names:
 
     def keep(self, name: str, expr: Any) -> Any:
         """A state entry: itself where it is a filter's state or nothing much, else a symbol that is given."""
-        simple = not expr.args or not (-expr).args
-        if simple or name in self._rule.filter_states or (not self._rule.filter_states and self._is_linear(expr)):
+        simple = not expr.args or not (-expr).args or callable(self._configuration.get(name))
+        if simple or name in self._rule.filter_states:
             return expr
+        linear = None if self._rule.filter_states else self._linear(expr)
+        if linear is not None:
+            return linear
         label = f"{name}_{self.label}"
-        while any(symbol.name == label for symbol in self.definitions):
+        while label in self.taken or any(symbol.name == label for symbol in self.definitions):
             label += "'"
-        symbol = Datum(label, **({"nonnegative": True} if is_nonnegative(expr) else {"real": True}))
+        sign = "positive" if expr.is_positive else "nonnegative" if is_nonnegative(expr) else "real"
+        symbol = Datum(label, **{sign: True})
         self.definitions[symbol] = expr
         return symbol
 
-    def _is_linear(self, expr: Any) -> bool:
-        found = linear_coefficients(as_symbols(expr), [*self.gradients, *self.thetas])
-        return found is not None and any(c != 0 for c in found[:-1])
+    def _linear(self, expr: Any) -> Any:
+        """A sum over gradients and parameters with what cancels left out; None where it is none."""
+        inputs, means = [*self.gradients, *self.thetas], {as_symbols(m): m for m in expr.atoms(mean)}
+        found = linear_coefficients(as_symbols(expr), inputs)
+        if found is None or all(c == 0 for c in found[:-1]):
+            return None
+        total = sympy.Add(*(sympy.factor(c) * x for c, x in zip(found, (*inputs, 1), strict=True)))
+        return total.xreplace(means)

@@ -53,6 +53,10 @@ class ShampooRule(UpdateRule):
     )
     attributes = {n: n for n in ("maximize", "preconditioning_compute_steps")}
     filter_states = ("momentum_buffer",)
+    no_closed_form = (
+        "its preconditioner is made of inverse roots of accumulated outer products, matrices of which one element of a "
+        "tensor shows nothing; they are read from the optimizer's state"
+    )
 
     def coefficients(self, step: RecordedStep) -> StepCoefficients:
         """``A = C = mu K``, ``B = D = K``, ``E_s = 1 - mu``, ``P_s = lr``."""

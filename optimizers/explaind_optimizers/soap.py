@@ -93,6 +93,10 @@ class SOAPRule(UpdateRule):
     )
     attributes = {"maximize": "maximize", "data_format": "data_format"}
     filter_states = ("exp_avg",)
+    no_closed_form = (
+        "its basis is the eigenvectors of accumulated outer products, refined by QR; one element of a tensor shows "
+        "nothing of them, so that P_s is read from the optimizer's state"
+    )
 
     def coefficients(self, step: RecordedStep) -> StepCoefficients:
         """``P_s = lr (1 - lr wd) Q [. / (sqrt(v_s) + eps)] Q^T``, ``rho_s = lr wd``."""

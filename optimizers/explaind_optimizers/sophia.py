@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from explaind_core import LinearFilter, RecordedStep, StepCoefficients, UpdateRule
-from explaind_core.operators import Diagonal, OfReadout
-from explaind_optimizers.common import ascent, decays
+from explaind_core.operators import Diagonal, OfReadout, is_symbolic
+from explaind_optimizers.common import DECAYS, ascent, decayed, decays
 
 __all__ = ["SophiaGRule", "SophiaHRule"]
 
@@ -17,7 +18,19 @@ __all__ = ["SophiaGRule", "SophiaHRule"]
 def clipped(m: Tensor, h: Tensor, bound: float) -> Tensor:
     """``clip(m / h, -bound, bound) / m``: the smaller of ``1 / h`` and ``bound / |m|``."""
     size = m.abs()
-    return torch.where(size > bound * h, bound / size.clamp(min=torch.finfo(m.dtype).tiny), 1 / h)
+    smallest = 0.0 if is_symbolic(m) else torch.finfo(m.dtype).tiny
+    return torch.where(size > bound * h, bound / size.clamp(min=smallest), 1 / h)
+
+
+def clip(x: Any, bound: Any) -> Any:
+    """For a ``recursion``: ``clip(x, -bound, bound)``."""
+    return bound * x / abs(x) if abs(x) > bound else x
+
+
+def averaged(_: Any, s: Any, i: Any, hyper: Mapping[str, Any]) -> Any:
+    """``(1 - b1) b1^(s-i)``."""
+    beta1 = hyper["betas"][0]
+    return (1 - beta1) * beta1 ** (s - i)
 
 
 class SophiaHRule(UpdateRule):
@@ -39,6 +52,8 @@ class SophiaHRule(UpdateRule):
         "hessian_distribution": "distribution",
     }
     filter_states = ("momentum",)
+    proved_for = {**DECAYS, "betas": ((..., ...),), "maximize": (False, True)}
+    alpha = averaged
     outside = ("hessian",)
 
     def coefficients(self, step: RecordedStep) -> StepCoefficients:
@@ -51,6 +66,13 @@ class SophiaHRule(UpdateRule):
             gradient_operator=ascent(hyper),
             **decays(hyper),
         )
+
+    def recursion(self, step: Any) -> Any:
+        """Algorithm 3 of Liu et al.; whatever the estimates are."""
+        hyper, (beta1, beta2), state, (theta, g) = step.hyper, step.hyper["betas"], step.state, decayed(step)
+        m = state["momentum"] = beta1 * state["momentum"] + (1 - beta1) * g
+        h = state["hessian_moment"] = beta2 * state["hessian_moment"] + (1 - beta2) * step.given("hessian")
+        return theta - hyper["lr"] * clip(m / step.max(h, hyper["eps"]), hyper["p"])
 
     def replay_step(self, optimizer: torch.optim.Optimizer, outside: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
         """Give the recorded estimates where a step had new ones: there is no graph to make them from."""
@@ -81,6 +103,8 @@ class SophiaGRule(UpdateRule):
     options = frozenset({"lr", "betas", "rho", "weight_decay", "maximize"})
     fixed = {"capturable": (False,)}
     filter_states = ("exp_avg",)
+    proved_for = {"betas": ((..., ...),), "maximize": (False, True)}
+    alpha = averaged
     outside = ("hessian",)
     batch_size = 5120
 
@@ -94,6 +118,14 @@ class SophiaGRule(UpdateRule):
             gradient_operator=ascent(hyper),
             decoupled_decay=hyper["lr"] * hyper["weight_decay"],
         )
+
+    def recursion(self, step: Any) -> Any:
+        """Algorithm 3 of Liu et al., as its authors' code has it; whatever the estimates are, they are not negative."""
+        hyper, beta1, state, (theta, g) = step.hyper, step.hyper["betas"][0], step.state, decayed(step, decoupled=True)
+        m = state["exp_avg"] = beta1 * state["exp_avg"] + (1 - beta1) * g
+        h = state["hessian"] = step.given("hessian", nonnegative=True)
+        ratio = m / (hyper["rho"] * self.batch_size * h + 1e-15)
+        return theta - hyper["lr"] * clip(ratio, 1)
 
     def replay_step(self, optimizer: torch.optim.Optimizer, outside: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
         """Set the Hessian as it stood; before its first step the optimizer makes it itself."""
