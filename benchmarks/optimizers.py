@@ -150,6 +150,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--examples", type=int, default=200)
     parser.add_argument("--only", nargs="*", help="names of rules")
+    parser.add_argument("--half", type=int, help="0 or 1: every second rule, for two processes at once")
     parser.add_argument(
         "--page", action="store_true", help="only make docs/optimizers.md anew from docs/optimizers.json"
     )
@@ -159,6 +160,7 @@ def main():
     numbers = DOCS / "optimizers.json"
     known = json.loads(numbers.read_text()) if numbers.exists() else {"rules": {}}
     rules = [r.rule for r in default_registry().rules() if not asked.only or type(r.rule).__name__ in asked.only]
+    rules = rules if asked.half is None else rules[asked.half :: 2]
     for rule in track([] if asked.page else rules, len(rules), "measuring", enabled=not asked.page):
         start = time.perf_counter()
         found = measure(rule, asked.examples)

@@ -141,14 +141,24 @@ def test_a_wrong_rule_is_refuted_and_disproved(importable):
     assert "this runs:" in text
 
 
-def test_a_store_that_returns_something_else_is_refuted(monkeypatch):
-    """What the kit's round trip is for: a recorder that lost a gradient's sign."""
+def flip(step):
+    step.gradients.update({n: -g for n, g in step.gradients.items()})
+
+
+def round_off(step):
+    for hyper in step.hyper.values():
+        hyper["lr"] = round(hyper["lr"], 2)
+
+
+@pytest.mark.parametrize("damage", [flip, round_off])
+def test_a_store_that_returns_something_else_is_refuted(monkeypatch, damage):
+    """What the kit's round trip is for: a recorder that lost a gradient's sign, or a number's digits."""
     from explaind_core import cases
 
     class Careless(cases.Replay):
         def steps(self, **bounds):
             for step in super().steps(**bounds):
-                step.gradients.update({n: -g for n, g in step.gradients.items()})
+                damage(step)
                 yield step
 
     monkeypatch.setattr(cases, "Replay", Careless)
