@@ -116,6 +116,8 @@ def _section(name: str, rule: UpdateRule, package: str, formulas: list[str], fou
     for label, family in found.get("kit", {}).items():
         errors = ", ".join(f"{n.replace('_', ' ')} {float(family[n]):.1e}" for n in _KIT)
         lines.append(f"- {label or 'drawn trainings'} ({family['cases']} cases): {errors}")
+    if not found:
+        lines.append("- not measured: no optimizer that it speaks for was installed")
     if "run" in found:
         lines.append("- " + found["run"]["text"])
     return "\n".join(lines) + "\n"

@@ -217,6 +217,11 @@ def test_every_optimizer_was_measured():
     rules = [r.rule for r in default_registry().rules()]
     assert len({o for rule in rules for o in rule.optimizers}) >= len(rules) >= 25
     for rule in rules:
+        try:
+            find_optimizer(rule)
+        except ConformanceError:  # SophiaG is no package; its rule has tests against a reference
+            assert type(rule).__name__ == "SophiaGRule"
+            continue
         found = kept[qualified_name(type(rule))]
         for family in found["kit"].values():
             assert family["cases"] >= 200
