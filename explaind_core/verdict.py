@@ -99,8 +99,8 @@ def check_plugin(
         ConformanceError: no optimizer that the rule speaks for is installed.
 
     Example:
-        >>> from explaind_optimizers import AdagradRule
-        >>> check_plugin(AdagradRule, max_examples=5).holds
+        >>> from explaind_optimizers import AdamaxRule
+        >>> check_plugin(AdamaxRule, max_examples=5).holds
         True
     """
     from explaind_core.symbolic import prove  # sympy is for proofs only

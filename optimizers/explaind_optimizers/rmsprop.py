@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from explaind_core import LinearFilter, RecordedStep, StepCoefficients, UpdateRule
 from explaind_core.operators import Diagonal
 
@@ -29,6 +31,8 @@ class RMSpropRule(UpdateRule):
         hyper, v = step.hyper, step.after["square_avg"]
         if hyper["centered"]:
             v = v - step.after["grad_avg"] ** 2
+            if step.dtype != torch.float64:  # there v can underflow to 0 where this square of the average does not
+                v = v.clamp(min=0)
         scale = 1 / (v.sqrt() + hyper["eps"])
         frozen = LinearFilter(A=((1.0,),), B=(0.0,), C=(0.0,), D=1.0)
         return StepCoefficients(
