@@ -43,6 +43,22 @@ def test_the_declaration_is_exact_in_the_long_run(name, trials):
     assert report.one_step <= trials.tolerance
 
 
+def test_a_centred_variance_that_underflows_is_zero():
+    """In single precision g^2 is 0 where (the average of g)^2, in double precision, is not."""
+    torch.manual_seed(0)
+    theta = nn.Parameter(torch.randn(3))
+    theta.grad = torch.full((3,), 1e-25)
+    before = theta.detach().double()
+    optimizer = torch.optim.RMSprop([theta], centered=True)
+    optimizer.step()
+    after = {k: v.double() for k, v in optimizer.state[theta].items()}
+    step = explaind.RecordedStep(
+        "theta", 1, 1, optimizer.param_groups[0], before, theta.grad.double(), theta.detach().double() - before, {},
+        after, torch.float32,
+    )  # fmt: skip
+    assert torch.isfinite(RMSpropRule().coefficients(step).gradient_operator.weight).all()
+
+
 def test_every_optimizer_of_torch_has_a_rule():
     known = {n for rule in RULES.values() for n in rule.optimizers}
     kinds = [k for k in vars(torch.optim).values() if isinstance(k, type) and issubclass(k, torch.optim.Optimizer)]
