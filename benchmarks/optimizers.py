@@ -37,7 +37,7 @@ OPTIONS = {
     "LBFGSRule": {"max_iter": 5, "line_search_fn": "strong_wolfe"},
     "SGDScheduleFreeRule": {"lr": 0.01},
     "RpropRule": {"lr": 1e-3, "step_sizes": (1e-6, 1e-2)},
-    "SGDRule": {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-3},
+    "SGDRule": {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-3},
     "RMSpropRule": {"momentum": 0.9, "centered": True, "lr": 1e-3},
     "ShampooRule": {"preconditioning_compute_steps": 10, "lr": 1e-4},
 }
