@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from explaind_core.errors import CoefficientError, UnsupportedOptionError
-from explaind_core.operators import LinearOperator, Scalar, as_operator, is_symbolic
+from explaind_core.operators import LinearOperator, Scalar, apply_each, as_operator, is_symbolic
 
 __all__ = ["LinearFilter", "OptimizerState", "RecordedStep", "StepCoefficients", "UpdateRule", "qualified_name"]
 
@@ -44,6 +44,15 @@ def _combine(terms: Iterator[tuple[Coefficient, Tensor]], like: Tensor) -> Tenso
     for coefficient, x in terms:
         if not _is_zero(coefficient):
             total = _times(coefficient, x) if total is None else total + _times(coefficient, x)
+    return torch.zeros_like(like) if total is None else total
+
+
+def _transposed(terms: Iterator[tuple[Coefficient, Tensor | None]], like: Tensor) -> Tensor:
+    total: Tensor | None = None
+    for coefficient, x in terms:
+        if x is not None and not _is_zero(coefficient):
+            part = apply_each(coefficient.adjoint, x) if isinstance(coefficient, LinearOperator) else x * coefficient
+            total = part if total is None else total + part
     return torch.zeros_like(like) if total is None else total
 
 
@@ -102,6 +111,31 @@ class LinearFilter:
             _combine(zip((*row, b), (*state, u), strict=True), u) for row, b in zip(self.A, self.B, strict=True)
         )
         return out, following
+
+    def adjoint(self, following: FilterState, psi: Tensor | None) -> tuple[Tensor, FilterState]:
+        """The transpose of :meth:`advance`: ``u' = D^T psi + B^T z``, ``z <- A^T z + C^T psi`` (reverse time).
+
+        Args:
+            following: z, what later steps ask of this step's new states, each ``[R, ...]``; at least k of them.
+            psi: what is asked of what the filter reads out, ``[R, ...]``; None for nothing.
+
+        Returns:
+            What is asked of the input u, and of the states before this step.
+
+        Example:
+            >>> u, z = LinearFilter.ema(0.75).adjoint((torch.zeros(1, 1),), torch.ones(1, 1))
+            >>> u, z
+            (tensor([[0.2500]]), (tensor([[0.7500]]),))
+        """
+        k = self.order
+        like = psi if psi is not None else following[0]
+        asked = following[:k]  # a state that appears later starts at zero, whatever came before
+        u = _transposed(zip((*self.B, self.D), (*asked, psi), strict=True), like)
+        before = tuple(
+            _transposed(zip((*(row[i] for row in self.A), self.C[i]), (*asked, psi), strict=True), like)
+            for i in range(k)
+        )
+        return u, before
 
     @classmethod
     def ema(cls, beta: float, *, bias_correction: int | None = None) -> LinearFilter:

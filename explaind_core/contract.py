@@ -13,70 +13,18 @@ import torch
 from torch import Tensor
 
 from explaind_core.decompose import StepDecomposition, decompose
-from explaind_core.errors import NonFiniteError, QuestionError
-from explaind_core.feature_maps import ExplainedFunction, gauss_legendre
+from explaind_core.errors import NonFiniteError
+from explaind_core.feature_maps import ExplainedFunction
 from explaind_core.layers import Layer
+from explaind_core.quadrature import Quadrature, climb
 from explaind_core.run import Run
 
 __all__ = ["Quadrature", "StepContribution", "contribute"]
 
-#: The orders that refinement climbs through.
-_LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-#: Rounding of the explained function itself, in units of eps times its largest value, that no node can remove.
-_NOISE = 8
 #: Layers differentiated together: they share one forward pass, but drag each other's zeros along. Measured best at 3.
 _TOGETHER = 3
 #: ... unless their tangents, filled up with zeros, would take more than this many elements.
 _TOGETHER_ELEMENTS = 2**24
-
-
-@dataclass(frozen=True)
-class Quadrature:
-    """How many nodes a step gets.
-
-    Args:
-        nodes: a number, or ``"adaptive"``.
-        tolerance: adaptive only: a step is refined while its largest residual (over test samples and outputs)
-            exceeds ``tolerance`` times the largest change of an output over all steps asked for, plus rounding
-            of f (8 eps max |f|). Residuals add up over steps, so one bound for all of them gives the nodes to
-            the steps that spoil the sum: the first ones, as a rule.
-        most: adaptive only: the largest order tried. A step that misses the tolerance keeps its best order
-            and is marked as not converged.
-
-    Raises:
-        QuestionError: not a positive number of nodes, or no positive tolerance.
-
-    Example:
-        >>> Quadrature(2).adaptive
-        False
-    """
-
-    nodes: int | str = "adaptive"
-    tolerance: float = 1e-3
-    most: int = 32
-
-    def __post_init__(self) -> None:
-        whole = isinstance(self.nodes, int) and not isinstance(self.nodes, bool) and self.nodes >= 1
-        if not whole and self.nodes != "adaptive":
-            raise QuestionError(
-                "nodes is not a number of nodes", expected="'adaptive' or an integer >= 1", got=self.nodes
-            )
-        if not (self.tolerance > 0):
-            raise QuestionError("the tolerance is not positive", expected="> 0", got=self.tolerance)
-        if self.most < 1:
-            raise QuestionError("max_nodes is not positive", expected=">= 1", got=self.most)
-
-    @property
-    def adaptive(self) -> bool:
-        """Whether the number of nodes is chosen step by step."""
-        return self.nodes == "adaptive"
-
-    @property
-    def ladder(self) -> tuple[int, ...]:
-        """The orders to try, rising."""
-        if not self.adaptive:
-            return (int(self.nodes),)
-        return tuple(q for q in _LADDER if q <= self.most)
 
 
 @dataclass(frozen=True)
@@ -174,25 +122,14 @@ def _refine(
     """Raise the order until the tolerance is met; start where the last step ended, for steps are alike."""
     before, after = values
     change = after - before
-    noise = _NOISE * torch.finfo(function.dtype).eps * float(torch.maximum(before.abs(), after.abs()).max())
-    bound += noise
     tangents = _tangents(split, names, layers, rest)
-    ladder = quadrature.ladder
-    evaluations, best, best_error, best_nodes = 0, None, float("inf"), 0
-    for climbed in range(min(rung, len(ladder) - 1), len(ladder)):
-        q = ladder[climbed]
-        parts = _integrate(function, split, tangents, q, (len(layers), *change.shape))
-        evaluations += q
-        total = sum((part.sum(0) for part in parts.values()), torch.zeros_like(change))
-        error = float((change - total).abs().max())
-        if error < best_error:
-            best, best_error, best_nodes = parts, error, q
-        rung = climbed
-        if error <= bound:
-            break
-    assert best is not None
-    if quadrature.adaptive and best_error < bound / 4 and rung > 0:
-        rung -= 1
+
+    def evaluate(q: int) -> tuple[Tensor, dict[str, Tensor]]:
+        parts = _integrate(function, split, tangents, quadrature.points(q), (len(layers), *change.shape))
+        return sum((part.sum(0) for part in parts.values()), torch.zeros_like(change)), parts
+
+    climbed = climb(quadrature, rung, bound, before, after, evaluate, function.dtype)
+    best = climbed.best
     rest_part = best.pop("(rest)", None)
     terms = {name: best.get(name, torch.zeros((len(layers), *change.shape), dtype=torch.float64)) for name in names}
     left = None if rest is None else (torch.zeros_like(change) if rest_part is None else rest_part.sum(0))
@@ -204,13 +141,13 @@ def _refine(
         residual=change - total,
         before=before,
         after=after,
-        nodes=best_nodes,
-        evaluations=evaluations,
-        converged=not quadrature.adaptive or best_error <= bound,
+        nodes=climbed.nodes,
+        evaluations=climbed.evaluations,
+        converged=climbed.converged,
         update_error=split.error,
         correction=split.correction,
     )
-    return contribution, rung
+    return contribution, climbed.rung
 
 
 def _tangents(split: StepDecomposition, names: Sequence[str], layers: Sequence[Layer], rest: Layer | None) -> _Tangents:
@@ -243,11 +180,15 @@ def _tangents(split: StepDecomposition, names: Sequence[str], layers: Sequence[L
 
 
 def _integrate(
-    function: ExplainedFunction, split: StepDecomposition, tangents: _Tangents, q: int, shape: tuple[int, ...]
+    function: ExplainedFunction,
+    split: StepDecomposition,
+    tangents: _Tangents,
+    points: Sequence[tuple[float, float]],
+    shape: tuple[int, ...],
 ) -> dict[str, Tensor]:
     """``sum_j w_j Df(theta_{s-1} + t_j Delta_s)[v]`` for all tangents: term -> ``[layers, n, J]``."""
     parts: dict[str, Tensor] = {}
-    for t, weight in gauss_legendre(q):
+    for t, weight in points:
         point = function.at({n: torch.lerp(split.theta_before[n], split.theta[n], t) for n in split.theta})
         for keys, vectors in zip(tangents.groups, tangents.vectors, strict=True):
             for (index, name), derivative in zip(keys, function.derivatives(point, vectors), strict=True):

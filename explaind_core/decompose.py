@@ -13,8 +13,10 @@ once over m_0. ``error_s`` is what the declaration does not explain: rounding, f
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from explaind_core.run import Run
 from explaind_core.secant import closed
 
 __all__ = [
+    "Decomposer",
     "ParameterFilter",
     "StepDecomposition",
     "UpdateSplit",
@@ -72,6 +75,8 @@ class StepDecomposition:
         rounding: ``eps ||theta_s|| / ||displacement||``: what rounding theta_s to its dtype can cost, in the same unit.
         drift: largest difference between the replayed and the recorded theta_s.
         correction: the size of the rank-one secants relative to the update, for a rule that is closed by them.
+        coefficients: what the rule declared, by parameter name (one entry ``FLAT`` for a flat rule).
+        gradients: as they were fed, in the run's dtype. taken_at: where they were taken: theta_before, for most.
     """
 
     step: int
@@ -82,6 +87,9 @@ class StepDecomposition:
     rounding: float
     drift: float
     correction: float = 0.0
+    coefficients: Mapping[str, StepCoefficients] = field(default_factory=dict)
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    taken_at: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class ParameterFilter:
@@ -218,15 +226,56 @@ def decompose(run: Run, *, first: int = 1, last: int | None = None) -> Iterator[
         True
     """
     last = len(run.steps) if last is None else last
-    replay = Replay(run)
-    rule = replay.rule().rule
-    memories: dict[str, ParameterFilter] = {}
-    for replayed in replay.steps(until=last):
-        splits = {name: split for name, (split, _, _) in split_step(rule, replayed, memories).items()}
-        correction = relative_correction(splits.values())
-        rule.check_correction(correction, replayed.step)
-        if replayed.step >= first:
-            yield _with_errors(replayed, by_parameter(rule, replayed, splits), correction)
+    for split in Decomposer(run).steps(until=last):
+        if split.step >= first:
+            yield split
+
+
+class Decomposer:
+    """Decomposes a run step by step, and can be put back to where it was after an earlier step.
+
+    Args:
+        run: the run; the optimizer is rebuilt and replayed (errors as :func:`decompose`).
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._replay = Replay(run)
+        self._rule = self._replay.rule().rule
+        self._memories: dict[str, ParameterFilter] = {}
+
+    def steps(self, *, start: int = 0, until: int) -> Iterator[StepDecomposition]:
+        """The steps ``start + 1 .. until``; the state after ``start`` must be the present one."""
+        rule = self._rule
+        for replayed in self._replay.steps(start=start, until=until):
+            found = split_step(rule, replayed, self._memories)
+            splits = {name: split for name, (split, _, _) in found.items()}
+            correction = relative_correction(splits.values())
+            rule.check_correction(correction, replayed.step)
+            decomposed = _with_errors(replayed, by_parameter(rule, replayed, splits), correction)
+            yield replace(
+                decomposed,
+                coefficients={name: declared for name, (_, declared, _) in found.items()},
+                gradients=replayed.gradients,
+                taken_at=replayed.theta_before if replayed.gradient_point is None else replayed.gradient_point,
+            )
+
+    def state(self) -> dict[str, Any]:
+        """The optimizer's and the filters' state after the last step, to be given back to :meth:`load`."""
+        filters = {
+            name: {"clock": m.clock, "kernel": m.kernel, "decay": m.decay, "prehistory": m.prehistory}
+            for name, m in self._memories.items()
+        }
+        return {"optimizer": self._replay.state(), "filters": filters}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go back to where :meth:`state` was called, or to one of its copies from disk."""
+        self._replay.load(state["optimizer"])
+        # Copies: a state may be loaded more than once, and filters that appeared later must go.
+        memories = {name: copy.copy(self._memories[name]) for name in state["filters"]}
+        for name, kept in state["filters"].items():
+            for entry, value in kept.items():
+                setattr(memories[name], entry, value)
+        self._memories = memories
 
 
 def split_step(

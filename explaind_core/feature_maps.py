@@ -6,40 +6,26 @@ phi_s(x) = integral_0^1 df/dtheta(theta_{s-1} + t Delta_s; x) dt  is never forme
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vmap
+from torch.func import functional_call, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from explaind_core import trees
 from explaind_core.errors import QuestionError
-from explaind_core.outputs import Output, flat_rows, run_model
+from explaind_core.outputs import Output, Rows, flat_rows, run_model
 
-__all__ = ["ExplainedFunction", "gauss_legendre"]
+__all__ = ["ExplainedFunction", "differentiable_kernels"]
 
 Parameters = Mapping[str, Tensor]
 
 
-@lru_cache
-def gauss_legendre(q: int) -> tuple[tuple[float, float], ...]:
-    """Nodes and weights ``(t_j, w_j)`` of the q-point Gauss-Legendre rule on [0, 1].
-
-    Example:
-        >>> gauss_legendre(1)
-        ((0.5, 1.0),)
-    """
-    t, w = np.polynomial.legendre.leggauss(q)
-    return tuple(zip(((t + 1) / 2).tolist(), (w / 2).tolist(), strict=True))
-
-
 @contextmanager
-def _differentiable_kernels() -> Iterator[None]:
+def differentiable_kernels() -> Iterator[None]:
     """Fused attention kernels have no forward-mode derivative: use the plain ones, of the same value."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -64,7 +50,16 @@ class ExplainedFunction:
         QuestionError: the inputs have no samples, or the output does not fit them.
     """
 
-    def __init__(self, model: nn.Module, buffers: Parameters, inputs: Any, output: Output, *, chunk: int = 500) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        buffers: Parameters,
+        inputs: Any,
+        output: Output,
+        *,
+        chunk: int = 500,
+        rows: Sequence[int] | None = None,
+    ) -> None:
         self.model, self.output = model, output
         reference = next(model.parameters())
         self.device, self.dtype = reference.device, reference.dtype
@@ -78,28 +73,45 @@ class ExplainedFunction:
                 expected="tensors with the same, non-zero number of samples",
                 got=sorted(sizes) or type(inputs).__name__,
             )
-        self.samples = sizes.pop()
-        output.check(model, self.samples)
-        self.chunks = [slice(a, min(a + chunk, self.samples)) for a in range(0, self.samples, chunk)]
+        given = sizes.pop()
+        output.check(model, given)
+        #: Which of the given samples are explained, in order.
+        self.rows = torch.arange(given) if rows is None else torch.tensor(rows, dtype=torch.int64)
+        self.all_rows = rows is None
+        self.samples, self.chunk = len(self.rows), chunk
+        self.chunks = self.pieces(slice(0, self.samples))
         #: False once vmap could not vectorise this model; its derivatives are then taken one by one.
         self.vectorized = True
+        #: The same for backward passes, sample by sample and output by output.
+        self.rows_vectorized = self.outputs_vectorized = True
+        #: Test samples that one backward pass takes together.
+        self.rows_together: int | None = 64
 
     def at(self, theta: Parameters) -> dict[str, Tensor]:
         """Parameters on the model's device, each with its own storage (views cost jvp their whole storage)."""
         return {n: t.to(self.device) for n, t in theta.items()}
 
-    def _evaluate(self, theta: Parameters, rows: slice) -> Tensor:
+    def pieces(self, block: slice) -> list[slice]:
+        """A block of test samples, cut into chunks that fit the processor's cache."""
+        return [slice(a, min(a + self.chunk, block.stop)) for a in range(block.start, block.stop, self.chunk)]
+
+    def _evaluate(self, theta: Parameters, block: slice) -> Tensor:
+        rows = block if self.all_rows else self.rows[block].to(self.device)
+        return self._evaluate_rows(theta, rows, block.stop - block.start)
+
+    def _evaluate_rows(self, theta: Parameters, rows: Rows, count: int) -> Tensor:
         def call(inputs: Any) -> Any:
             return run_model(lambda *a, **k: functional_call(self.model, {**theta, **self.buffers}, a, k), inputs)
 
         chunk = trees.map_tensors(lambda t: t[rows], self.inputs)
-        return flat_rows(self.output.values(self.model, call, chunk, rows), rows.stop - rows.start)
+        return flat_rows(self.output.values(self.model, call, chunk, rows), count)
 
-    def values(self, theta: Parameters) -> Tensor:
-        """``f(theta)``: ``[n, J]`` in float64."""
+    def values(self, theta: Parameters, block: slice | None = None) -> Tensor:
+        """``f(theta)``: ``[n, J]`` in float64, of all test samples or a block of them."""
         theta = self.at(theta)
-        with _differentiable_kernels():
-            return torch.cat([self._evaluate(theta, rows).double().cpu() for rows in self.chunks])
+        pieces = self.chunks if block is None else self.pieces(block)
+        with differentiable_kernels():
+            return torch.cat([self._evaluate(theta, rows).double().cpu() for rows in pieces])
 
     def derivatives(self, theta: Parameters, tangents: Sequence[Parameters]) -> Tensor:
         """``Df(theta)[v]`` for tangents v over a few parameters, the others held constant.
@@ -115,7 +127,7 @@ class ExplainedFunction:
         for index, tangent in enumerate(tangents):
             for n, t in tangent.items():
                 stacked[n][index] = t
-        with _differentiable_kernels():
+        with differentiable_kernels():
             return torch.cat([self._chunk(theta, point, stacked, rows).double().cpu() for rows in self.chunks], dim=1)
 
     def _chunk(self, theta: Parameters, point: Parameters, stacked: Parameters, rows: slice) -> Tensor:
@@ -133,3 +145,67 @@ class ExplainedFunction:
                 # batching rule). One by one gives the same numbers; a real error shows up there again.
                 self.vectorized = False
         return torch.stack([along({n: t[i].clone() for n, t in stacked.items()}) for i in range(count)])
+
+    # ------------------------------------------------------------------ reverse mode
+    def jacobian(
+        self, theta: Parameters, names: Sequence[str], block: slice, *, sum_test: bool, sum_outputs: bool
+    ) -> dict[str, Tensor]:
+        """``df / dtheta`` of a block of test samples, by backward passes, with respect to a few parameters.
+
+        Args:
+            names: the parameters; the others are held constant. block: which test samples.
+            sum_test, sum_outputs: sum over this axis before differentiating, which costs a row the less.
+
+        Returns:
+            Parameter name -> ``[n or 1, J or 1, *shape]`` in the model's dtype, on its device.
+        """
+        theta = self.at(theta)
+        point = {n: theta[n] for n in names}
+        with differentiable_kernels():
+            if sum_test:
+                first, *others = [self._pulled_sum(theta, point, piece, sum_outputs) for piece in self.pieces(block)]
+                return {n: sum((other[n] for other in others), first[n]) for n in names}
+            return self._pulled_rows(theta, point, block, sum_outputs)
+
+    def _pulled_sum(self, theta: Parameters, point: Parameters, piece: slice, sum_outputs: bool) -> dict[str, Tensor]:
+        def summed(p: Parameters) -> Tensor:
+            values = self._evaluate({**theta, **p}, piece).sum(0)
+            return values.sum(0, keepdim=True) if sum_outputs else values
+
+        return {n: g.unsqueeze(0) for n, g in self._pull(summed, point).items()}
+
+    def _pulled_rows(self, theta: Parameters, point: Parameters, block: slice, sum_outputs: bool) -> dict[str, Tensor]:
+        def one(row: Tensor) -> dict[str, Tensor]:
+            def values(p: Parameters) -> Tensor:
+                found = self._evaluate_rows({**theta, **p}, row.reshape(1), 1)[0]
+                return found.sum(0, keepdim=True) if sum_outputs else found
+
+            return self._pull(values, point)
+
+        rows = self.rows[block].to(self.device)
+        if self.rows_vectorized:
+            try:
+                # vmap cuts the samples itself: all of their activations and derivatives need not fit at once.
+                found: dict[str, Tensor] = vmap(one, chunk_size=self.rows_together)(rows)
+                return found
+            except RuntimeError:
+                self.rows_vectorized = False
+        each = [one(row) for row in rows]
+        return {n: torch.stack([e[n] for e in each]) for n in point}
+
+    def _pull(self, values: Callable[[Parameters], Tensor], point: Parameters) -> dict[str, Tensor]:
+        """One backward pass per output: ``[J, *shape]``."""
+        result: Tensor
+        result, pull = vjp(values, dict(point))  # type: ignore[misc]  # (three with has_aux)
+        if len(result) == 1:
+            found: dict[str, Tensor] = pull(torch.ones_like(result))[0]
+            return {n: g.unsqueeze(0) for n, g in found.items()}
+        basis = torch.eye(len(result), dtype=result.dtype, device=result.device)
+        if self.outputs_vectorized:
+            try:
+                every: dict[str, Tensor] = vmap(lambda c: pull(c)[0])(basis)
+                return every
+            except RuntimeError:
+                self.outputs_vectorized = False
+        each = [pull(row)[0] for row in basis]
+        return {n: torch.stack([e[n] for e in each]) for n in point}

@@ -29,7 +29,9 @@ __all__ = [
     "Rotated",
     "Scalar",
     "Sum",
+    "apply_each",
     "as_operator",
+    "is_elementwise",
     "is_symbolic",
 ]
 
@@ -327,6 +329,42 @@ class OfReadout(LinearOperator):
     @property
     def adjoint(self) -> LinearOperator:  # noqa: D102
         return OfReadout(lambda out: self.make(out).adjoint)
+
+
+def apply_each(operator: LinearOperator, x: Tensor) -> Tensor:
+    """``operator`` applied to every tensor of a stack ``[R, ...]``, in float64, returned in the stack's dtype.
+
+    Example:
+        >>> apply_each(Diagonal(torch.tensor([1.0, 2.0])), torch.ones(2, 2))
+        tensor([[1., 2.],
+                [1., 2.]])
+    """
+    if isinstance(operator, Composition):
+        for factor in reversed(operator.factors):
+            x = apply_each(factor, x)
+        return x
+    if isinstance(operator, Scalar | Diagonal):  # broadcast over the stack as they are
+        return operator.apply(x).to(x.dtype)
+    precise = x.double()
+    try:
+        found: Tensor = torch.vmap(operator.apply)(precise)
+    except RuntimeError:  # an operator of somebody else's that looks at its tensor's numbers
+        found = torch.stack([operator.apply(one) for one in precise])
+    return found.to(x.dtype)
+
+
+def is_elementwise(operator: LinearOperator | float) -> bool:
+    """Whether every entry of the image depends on the same entry alone.
+
+    Example:
+        >>> is_elementwise(Scalar(2.0) @ Diagonal(torch.ones(2))), is_elementwise(Left(torch.eye(2)))
+        (True, False)
+    """
+    if isinstance(operator, Composition):
+        return all(map(is_elementwise, operator.factors))
+    if isinstance(operator, Sum):
+        return all(map(is_elementwise, operator.terms))
+    return isinstance(operator, Scalar | Diagonal) or not isinstance(operator, LinearOperator)
 
 
 def as_operator(value: LinearOperator | float | Tensor, what: str) -> LinearOperator:

@@ -65,7 +65,7 @@ class Replay:
         start = run.theta(0)
         self._parameters = {name: nn.Parameter(start[name].clone()) for name in run.parameters}
         self.optimizer = self._build()
-        self._load(run.optimizer_state(0))
+        self.load(run.optimizer_state(0))
 
     # ------------------------------------------------------------------ building
     def _optimizer_class(self) -> type[torch.optim.Optimizer]:
@@ -106,7 +106,8 @@ class Replay:
             return self.run.make_optimizer(groups)
         return rebuild_optimizer(self._optimizer_class(), groups, where=self.run.path)
 
-    def _load(self, state: State) -> None:
+    def load(self, state: State) -> None:
+        """Put the optimizer into a state by parameter name; the tensors are copied."""
         self.optimizer.state.clear()
         for name, entries in state.items():
             self.optimizer.state[self._parameters[name]] = trees.map_tensors(torch.clone, entries)
@@ -128,7 +129,8 @@ class Replay:
         return registered
 
     # ------------------------------------------------------------------ replaying
-    def _state(self) -> State:
+    def state(self) -> State:
+        """A copy of the optimizer's state, by parameter name."""
         names = {id(parameter): name for name, parameter in self._parameters.items()}
         return {
             names[id(p)]: trees.map_tensors(lambda t: t.detach().clone(), dict(entries))
@@ -139,7 +141,7 @@ class Replay:
     def steps(self, *, until: int | None = None, start: int = 0) -> Iterator[ReplayedStep]:
         """Replay from step ``start + 1`` (whose state must have been loaded; 0 is the run's start) to ``until``."""
         before_theta, trained = self.run.theta(start), self.run.theta(start, point="gradient")
-        before_state = self._state()
+        before_state = self.state()
         elsewhere = self.run.point != "gradient"
         for s in range(start + 1, (len(self.run.steps) if until is None else until) + 1):
             trained_before, trained = trained, self.run.theta(s, point="gradient")
@@ -150,7 +152,7 @@ class Replay:
                 for name, parameter in self._parameters.items():
                     parameter.copy_(trained_before[name])
             self._step(gradients, self.run.closure_calls(s), self.run.outside(s))
-            after_state = self._state()
+            after_state = self.state()
             drift = max(
                 (float((p.detach() - trained[n]).abs().max()) for n, p in self._parameters.items() if p.numel()),
                 default=0.0,
@@ -224,10 +226,10 @@ class Replay:
         """The optimizer's state after step s, replayed from the nearest snapshot before it."""
         # The last step is made in any case: only the optimizer itself knows what it leaves in its groups.
         start = max(k for k in self.run.snapshots() if k < s or k == 0)
-        self._load(self.run.optimizer_state(start))
+        self.load(self.run.optimizer_state(start))
         for _ in self.steps(start=start, until=s):
             pass
-        return self._state()
+        return self.state()
 
     def counters(self) -> list[dict[str, Any]]:
         """What the optimizer keeps in its groups beside its constructor's options: counters, estimates."""

@@ -16,7 +16,7 @@ from torch import nn
 import explaind_core as explaind
 from explaind_core.contract import Quadrature
 from explaind_core.errors import QuestionError
-from explaind_core.feature_maps import gauss_legendre
+from explaind_core.quadrature import gauss_legendre
 from explaind_core.run import Run
 from explaind_core.testing import record_example
 
@@ -151,7 +151,7 @@ def test_a_fixed_number_of_nodes_makes_no_promise_and_counts_as_converged(tmp_pa
 def test_a_number_of_nodes_is_a_positive_integer_or_adaptive(nodes):
     with pytest.raises(QuestionError, match="nodes is not a number of nodes") as error:
         Quadrature(nodes)
-    assert error.value.expected == "'adaptive' or an integer >= 1"
+    assert error.value.expected == "'adaptive', 'left' or an integer >= 1"
 
 
 @pytest.mark.parametrize("tolerance", [0, -1e-3, float("nan")])
