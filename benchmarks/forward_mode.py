@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from timing import interleaved
 
-from explaind_core.contract import _integrate, _tangents
+from explaind_core.contract import _integrate, _tangents, updates_of
 from explaind_core.decompose import StepDecomposition, UpdateSplit
 from explaind_core.feature_maps import ExplainedFunction
 from explaind_core.layers import resolve_layers
@@ -32,7 +32,7 @@ def main(chunk: int = 500) -> None:
     update = {n: 1e-3 * torch.randn_like(t) for n, t in theta.items()}
     updates = {n: UpdateSplit(u.double(), -u.double(), None, u.double()) for n, u in update.items()}
     split = StepDecomposition(1, updates, theta, {n: t + update[n] for n, t in theta.items()}, 0.0, 0.0, 0.0)
-    tangents = _tangents(split, ("kernel", "regularization"), layers, None)
+    tangents = _tangents(updates_of(split, ("kernel", "regularization")), split, layers, None)
     table = Table("samples", "forward, ms", "forwards per node", "per tangent", *LAYERS)
     for samples in (100, 500, 2000):
         inputs = task.test_inputs[:samples]
@@ -45,7 +45,7 @@ def main(chunk: int = 500) -> None:
 
         timed = {
             "forward": forward,
-            "node": lambda function=function, shape=shape: _integrate(function, split, tangents, 1, shape),
+            "node": lambda function=function, shape=shape: _integrate(function, split, tangents, ((0.5, 1.0),), shape),
         }
         for layer in layers:
             share = layer.share(update)

@@ -13,7 +13,7 @@ from explaind_core.coefficients import LinearFilter, RecordedStep, StepCoefficie
 from explaind_core.decompose import decompose
 from explaind_core.hookspecs import hookimpl
 from explaind_core.inferred import InferredRule
-from explaind_core.outputs import Activation, Function, Loss, Output, Outputs
+from explaind_core.outputs import Activation, Chosen, Function, LogProbabilities, Loss, Output, Outputs
 from explaind_core.plan import Plan, plan
 from explaind_core.recorder import Recorder
 from explaind_core.run import Run, open_run
@@ -22,9 +22,11 @@ from explaind_core.verify import Verification, verify
 
 __all__ = [
     "Activation",
+    "Chosen",
     "Function",
     "InferredRule",
     "LinearFilter",
+    "LogProbabilities",
     "Loss",
     "Output",
     "Outputs",

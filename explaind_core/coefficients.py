@@ -47,13 +47,18 @@ def _combine(terms: Iterator[tuple[Coefficient, Tensor]], like: Tensor) -> Tenso
     return torch.zeros_like(like) if total is None else total
 
 
-def _transposed(terms: Iterator[tuple[Coefficient, Tensor | None]], like: Tensor) -> Tensor:
+def _combine_each(terms: Iterator[tuple[Coefficient, Tensor | None]], like: Tensor) -> Tensor:
+    """:func:`_combine` for stacks of tensors; None is zero."""
     total: Tensor | None = None
     for coefficient, x in terms:
         if x is not None and not _is_zero(coefficient):
-            part = apply_each(coefficient.adjoint, x) if isinstance(coefficient, LinearOperator) else x * coefficient
+            part = apply_each(coefficient, x) if isinstance(coefficient, LinearOperator) else x * coefficient
             total = part if total is None else total + part
     return torch.zeros_like(like) if total is None else total
+
+
+def _flip(coefficient: Coefficient) -> Coefficient:
+    return coefficient.adjoint if isinstance(coefficient, LinearOperator) else coefficient
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,14 @@ class LinearFilter:
         )
         return out, following
 
+    def advance_each(self, state: FilterState, u: Tensor) -> tuple[Tensor, FilterState]:
+        """:meth:`advance` for a stack ``[R, ...]`` of inputs, each with a state of its own."""
+        out = _combine_each(zip((*self.C, self.D), (*state, u), strict=True), u)
+        following = tuple(
+            _combine_each(zip((*row, b), (*state, u), strict=True), u) for row, b in zip(self.A, self.B, strict=True)
+        )
+        return out, following
+
     def adjoint(self, following: FilterState, psi: Tensor | None) -> tuple[Tensor, FilterState]:
         """The transpose of :meth:`advance`: ``u' = D^T psi + B^T z``, ``z <- A^T z + C^T psi`` (reverse time).
 
@@ -130,9 +143,9 @@ class LinearFilter:
         k = self.order
         like = psi if psi is not None else following[0]
         asked = following[:k]  # a state that appears later starts at zero, whatever came before
-        u = _transposed(zip((*self.B, self.D), (*asked, psi), strict=True), like)
+        u = _combine_each(zip(map(_flip, (*self.B, self.D)), (*asked, psi), strict=True), like)
         before = tuple(
-            _transposed(zip((*(row[i] for row in self.A), self.C[i]), (*asked, psi), strict=True), like)
+            _combine_each(zip(map(_flip, (*(row[i] for row in self.A), self.C[i])), (*asked, psi), strict=True), like)
             for i in range(k)
         )
         return u, before

@@ -1,4 +1,4 @@
-"""Forward mode: a step's update, layer by layer and term by term, pushed through the model.
+"""Forward mode: a segment's update, layer by layer and term by term, pushed through the model.
 
 For each step, ``phi_s(x) v`` for every tangent v = a layer's share of the kernel or regularization update,
 and the residual against ``f(theta_s) - f(theta_{s-1})``, which two forward passes know exactly.
@@ -6,20 +6,21 @@ and the residual against ``f(theta_s) - f(theta_{s-1})``, which two forward pass
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from explaind_core.decompose import StepDecomposition, decompose
-from explaind_core.errors import NonFiniteError
+from explaind_core.decompose import StepDecomposition
 from explaind_core.feature_maps import ExplainedFunction
 from explaind_core.layers import Layer
 from explaind_core.quadrature import Quadrature, climb
 from explaind_core.run import Run
 
-__all__ = ["Quadrature", "StepContribution", "contribute"]
+__all__ = ["StepContribution", "refine", "term_names", "updates_of"]
+
+Updates = Mapping[str, Tensor]
 
 #: Layers differentiated together: they share one forward pass, but drag each other's zeros along. Measured best at 3.
 _TOGETHER = 3
@@ -68,47 +69,7 @@ def term_names(run: Run) -> tuple[str, ...]:
     return ("kernel", "regularization", "prehistory") if used else ("kernel", "regularization")
 
 
-def contribute(
-    run: Run,
-    function: ExplainedFunction,
-    steps: Sequence[int],
-    layers: Sequence[Layer],
-    rest: Layer | None,
-    quadrature: Quadrature,
-    scale: float,
-    block: int,
-) -> Iterator[StepContribution]:
-    """What each of ``steps`` (rising) added to the explained function, in order.
-
-    ``scale`` is what the quadrature's tolerance is a fraction of. The search for the order begins afresh every
-    ``block`` steps, so that steps taken up at a block's start get the same nodes as in one go.
-
-    Raises:
-        NonFiniteError: the explained function is not finite after some step.
-    """
-    names = term_names(run)
-    wanted = set(steps)
-    following: tuple[int, Tensor] | None = None
-    count = rung = 0
-    for split in decompose(run, first=steps[0], last=steps[-1]):
-        if split.step not in wanted:
-            continue
-        known = following is not None and following[0] == split.step - 1
-        before = following[1] if known and following is not None else function.values(split.theta_before)
-        after = function.values(split.theta)
-        for s, value in ((split.step - 1, before), (split.step, after)):
-            if not torch.isfinite(value).all():
-                raise NonFiniteError("the explained function is NaN or infinite", where=f"theta after step {s}")
-        rung = rung if count % block else 0
-        count += 1
-        contribution, rung = _refine(
-            function, split, names, layers, rest, (before, after), quadrature, quadrature.tolerance * scale, rung
-        )
-        yield contribution
-        following = (split.step, after)
-
-
-def _refine(
+def refine(
     function: ExplainedFunction,
     split: StepDecomposition,
     names: Sequence[str],
@@ -118,11 +79,17 @@ def _refine(
     quadrature: Quadrature,
     bound: float,
     rung: int,
+    updates: Mapping[str, Updates] | None = None,
 ) -> tuple[StepContribution, int]:
-    """Raise the order until the tolerance is met; start where the last step ended, for steps are alike."""
+    """What one step added, with the order that meets ``bound`` (see :func:`explaind_core.quadrature.climb`).
+
+    Args:
+        names: the terms. values: f at both ends. rung: where the search for the order starts.
+        updates: term -> parameter name -> its share of the update; those of ``split`` by default.
+    """
     before, after = values
     change = after - before
-    tangents = _tangents(split, names, layers, rest)
+    tangents = _tangents(updates_of(split, names) if updates is None else updates, split, layers, rest)
 
     def evaluate(q: int) -> tuple[Tensor, dict[str, Tensor]]:
         parts = _integrate(function, split, tangents, quadrature.points(q), (len(layers), *change.shape))
@@ -150,16 +117,22 @@ def _refine(
     return contribution, climbed.rung
 
 
-def _tangents(split: StepDecomposition, names: Sequence[str], layers: Sequence[Layer], rest: Layer | None) -> _Tangents:
-    """The tangents that are not zero, some neighbouring layers in a group."""
-    updates = {
+def updates_of(split: StepDecomposition, names: Sequence[str]) -> dict[str, Updates]:
+    """Term -> parameter name -> its share of the step's update; where it is zero, a name is left out."""
+    return {
         name: {n: getattr(u, name) for n, u in split.updates.items() if getattr(u, name) is not None} for name in names
     }
+
+
+def _tangents(
+    updates: Mapping[str, Updates], split: StepDecomposition, layers: Sequence[Layer], rest: Layer | None
+) -> _Tangents:
+    """The tangents that are not zero, some neighbouring layers in a group."""
     groups: list[list[tuple[int, str]]] = []
     vectors: list[list[dict[str, Tensor]]] = []
     together = size = 0
     for index, layer in enumerate(layers):
-        shares = {name: layer.share(updates[name]) for name in names}
+        shares = {name: layer.share(update) for name, update in updates.items()}
         shares = {name: share for name, share in shares.items() if any(bool(t.any()) for t in share.values())}
         if not shares:
             continue

@@ -80,6 +80,8 @@ class ExplainedFunction:
         self.all_rows = rows is None
         self.samples, self.chunk = len(self.rows), chunk
         self.chunks = self.pieces(slice(0, self.samples))
+        #: J, once the function was evaluated.
+        self.outputs = 1
         #: False once vmap could not vectorise this model; its derivatives are then taken one by one.
         self.vectorized = True
         #: The same for backward passes, sample by sample and output by output.
@@ -111,12 +113,14 @@ class ExplainedFunction:
         theta = self.at(theta)
         pieces = self.chunks if block is None else self.pieces(block)
         with differentiable_kernels():
-            return torch.cat([self._evaluate(theta, rows).double().cpu() for rows in pieces])
+            values = torch.cat([self._evaluate(theta, rows).double().cpu() for rows in pieces])
+        self.outputs = values.shape[1]
+        return values
 
-    def derivatives(self, theta: Parameters, tangents: Sequence[Parameters]) -> Tensor:
+    def derivatives(self, theta: Parameters, tangents: Sequence[Parameters], block: slice | None = None) -> Tensor:
         """``Df(theta)[v]`` for tangents v over a few parameters, the others held constant.
 
-        A tangent is zero for parameters that only other tangents name.
+        All test samples, or a block of them. A tangent is zero for parameters that only other tangents name.
 
         Returns:
             ``[len(tangents), n, J]`` in float64.
@@ -128,7 +132,8 @@ class ExplainedFunction:
             for n, t in tangent.items():
                 stacked[n][index] = t
         with differentiable_kernels():
-            return torch.cat([self._chunk(theta, point, stacked, rows).double().cpu() for rows in self.chunks], dim=1)
+            pieces = self.chunks if block is None else self.pieces(block)
+            return torch.cat([self._chunk(theta, point, stacked, rows).double().cpu() for rows in pieces], dim=1)
 
     def _chunk(self, theta: Parameters, point: Parameters, stacked: Parameters, rows: slice) -> Tensor:
         def along(tangent: Parameters) -> Tensor:

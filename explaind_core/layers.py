@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from explaind_core.errors import LayerError
 from explaind_core.run import ParameterInfo
@@ -17,7 +17,9 @@ from explaind_core.run import ParameterInfo
 __all__ = ["Layer", "LayerSpec", "resolve_layers"]
 
 Slices = slice | int | tuple[slice | int, ...]
-LayerSpec = Sequence[str] | Mapping[str, str | Sequence[str] | Mapping[str, Slices]]
+ModuleType = type[nn.Module]
+Pattern = str | ModuleType
+LayerSpec = Sequence[Pattern] | Mapping[str, Pattern | Sequence[Pattern] | Mapping[str, Slices]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Layer:
 
 
 def resolve_layers(
-    spec: LayerSpec | None, parameters: Mapping[str, ParameterInfo]
+    spec: LayerSpec | None, parameters: Mapping[str, ParameterInfo], model: nn.Module | None = None
 ) -> tuple[tuple[Layer, ...], Layer | None]:
     """The layers that ``spec`` names, and what they leave out (None if nothing).
 
@@ -45,7 +47,9 @@ def resolve_layers(
         spec: None for one layer per module that owns parameters; a list of module prefixes (or patterns); or
             a mapping from a name to a prefix or pattern, a list of them, or ``{pattern: slices}``. A prefix
             matches whole path parts (``"encoder"`` is ``encoder.*`` but not ``encoder2.*``); ``*``, ``?`` and
-            ``[...]`` make a pattern over parameter names.
+            ``[...]`` make a pattern over parameter names. A module type (``nn.Linear``) may stand for a pattern: the
+            parameters that modules of this type own.
+        model: whose modules are looked through for types.
 
     Raises:
         LayerError: a layer matches nothing, a slice does not fit, or two layers overlap.
@@ -61,10 +65,11 @@ def resolve_layers(
             Layer(owner or "(root)", {n: None for n in parameters if n.rpartition(".")[0] == owner}) for owner in owners
         ]
     else:
-        if isinstance(spec, str):
+        if isinstance(spec, str | type):
             spec = [spec]
-        items = spec.items() if isinstance(spec, Mapping) else [(prefix, prefix) for prefix in spec]
-        layers = [Layer(str(name), _masks(str(name), value, parameters)) for name, value in items]
+        items = spec.items() if isinstance(spec, Mapping) else [(_label(prefix), prefix) for prefix in spec]
+        owned = _Owned(parameters, model)
+        layers = [Layer(str(name), _masks(str(name), value, owned)) for name, value in items]
         if not layers:
             raise LayerError("no layer is named", where="layers", remedy="leave layers out, or name at least one")
     names = [layer.name for layer in layers]
@@ -73,10 +78,36 @@ def resolve_layers(
     return tuple(layers), _rest(layers, parameters)
 
 
-def _masks(name: str, value: Any, parameters: Mapping[str, ParameterInfo]) -> dict[str, Tensor | None]:
-    if isinstance(value, str):
+def _label(pattern: Pattern) -> str:
+    return pattern.__name__ if isinstance(pattern, type) else pattern
+
+
+@dataclass(frozen=True)
+class _Owned:
+    """The parameters, and the model whose modules own them."""
+
+    parameters: Mapping[str, ParameterInfo]
+    model: nn.Module | None
+
+    def by_type(self, kind: ModuleType) -> list[str]:
+        """The parameters that modules of a type own directly, under the names that the run knows them by."""
+        if self.model is None:
+            return []
+        names = {id(p): n for n, p in self.model.named_parameters()}  # a tied one has one name
+        found = {
+            names[id(p)]: None
+            for module in self.model.modules()
+            if isinstance(module, kind)
+            for p in module.parameters(recurse=False)
+        }
+        return [n for n in self.parameters if n in found]
+
+
+def _masks(name: str, value: Any, owned: _Owned) -> dict[str, Tensor | None]:
+    parameters = owned.parameters
+    if isinstance(value, str | type):
         value = [value]
-    if not isinstance(value, Mapping | Sequence) or not all(isinstance(pattern, str) for pattern in value):
+    if not isinstance(value, Mapping | Sequence) or not all(isinstance(pattern, str | type) for pattern in value):
         raise LayerError(
             f"the layer {name!r} is neither a prefix, a pattern nor slices",
             where="layers",
@@ -89,22 +120,25 @@ def _masks(name: str, value: Any, parameters: Mapping[str, ParameterInfo]) -> di
         return {
             n: _mask(name, n, where, parameters[n].shape)
             for pattern, where in value.items()
-            for n in _matching(name, pattern, parameters)
+            for n in _matching(name, pattern, owned)
         }
-    return {n: None for pattern in value for n in _matching(name, pattern, parameters)}
+    return {n: None for pattern in value for n in _matching(name, pattern, owned)}
 
 
-def _matching(layer: str, pattern: str, parameters: Iterable[str]) -> list[str]:
-    if re.search(r"[*?\[]", pattern):
+def _matching(layer: str, pattern: Pattern, owned: _Owned) -> list[str]:
+    parameters = owned.parameters
+    if isinstance(pattern, type):
+        found = owned.by_type(pattern)
+    elif re.search(r"[*?\[]", pattern):
         found = [n for n in parameters if fnmatchcase(n, pattern)]
     else:
         found = [n for n in parameters if n == pattern or n.startswith(pattern + ".")]
     if not found:
         raise LayerError(
             f"the layer {layer!r} matches no parameter",
-            where=f"pattern {pattern!r}",
+            where=f"pattern {_label(pattern)!r}",
             expected=f"a prefix of, or a pattern for, one of {', '.join(parameters)}",
-            got=pattern,
+            got=_label(pattern),
             remedy="module prefixes match whole path parts; patterns use * and match whole parameter names",
         )
     return found

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["bar", "track"]
+__all__ = ["bar", "counted", "track"]
 
 T = TypeVar("T")
 
@@ -27,6 +27,17 @@ def bar() -> Iterator[Progress]:
     )
     with Progress(*columns) as progress:
         yield progress
+
+
+@contextmanager
+def counted(total: int, description: str, *, enabled: bool) -> Iterator[Callable[[int], object]]:
+    """A progress bar that is advanced by calling what is yielded with a number of items."""
+    if not enabled:
+        yield lambda _: None
+        return
+    with bar() as progress:
+        task = progress.add_task(description, total=total, note="")
+        yield lambda count: progress.advance(task, count)
 
 
 def track(items: Iterable[T], total: int, description: str, *, enabled: bool) -> Iterator[T]:

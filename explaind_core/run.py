@@ -196,7 +196,11 @@ class Run:
                 got=given.get(name, "no such parameter"),
                 remedy=f"build the architecture that was recorded ({self.manifest['model']})",
             )
-        return copy.deepcopy(model).eval().requires_grad_(False)
+        private = copy.deepcopy(model).eval().requires_grad_(False)
+        for module in private.modules():
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                module.sparse = False  # how a gradient is laid out, not what it is: dense ones can be batched
+        return private
 
     # ------------------------------------------------------------------ one step
     def check_step(self, s: int, *, first: int = 1) -> int:
@@ -304,6 +308,14 @@ class Run:
         """The factor (clip coefficient) that the recorder was told for step s, 1 if none."""
         self.check_step(s)
         return float(self._header(s)["gradient_factor"])
+
+    def sample_ids(self, s: int) -> Tensor:
+        """The ids of the samples whose gradients step s was fed, in order, without reading anything else."""
+        self.check_step(s)
+        count = len(self._header(s)["batches"])
+        path = self.store.step_path(s)
+        parts = [self.store.read_tensor(path, f"ids/{index}") for index in range(count)]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
     def batch(self, s: int) -> Batch:
         """The batch of step s: which samples its gradient was of, with their inputs and targets."""

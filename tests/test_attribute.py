@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import explaind_core as explaind
-from explaind_core.plan import Question
+from explaind_core.question import Question
 from explaind_core.run import Run
 from explaind_core.testing import record_example
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import explaind_core as explaind
-from explaind_core.plan import Question
+from explaind_core.question import Question
 from explaind_core.testing import record_example
 
 EVERYTHING = ("step", "layer", "test", "output")

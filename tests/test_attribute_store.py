@@ -17,6 +17,7 @@ from explaind_core.testing import record_example
 
 #: The module, which the function of the same name hides.
 module = importlib.import_module("explaind_core.attribute")
+storage = importlib.import_module("explaind_core.storage")
 INPUTS = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
@@ -40,7 +41,7 @@ def values(result: xr.Dataset) -> xr.Dataset:
 
 @pytest.fixture
 def blocks_of_two(monkeypatch):
-    monkeypatch.setattr(module, "_BLOCK", 2)
+    monkeypatch.setattr(storage, "BLOCK", 2)
 
 
 @pytest.fixture
@@ -50,16 +51,16 @@ def computed(monkeypatch):
     class Computed(list):
         limit = 1000
 
-    steps, contribute = Computed(), module.contribute
+    steps, stepwise = Computed(), module.stepwise
 
     def counting(*args, **kwargs):
-        for part in contribute(*args, **kwargs):
+        for part in stepwise(*args, **kwargs):
             if len(steps) >= steps.limit:
                 raise KeyboardInterrupt
-            steps.append(part.step)
+            steps.append(run().steps[part.window])
             yield part
 
-    monkeypatch.setattr(module, "contribute", counting)
+    monkeypatch.setattr(module, "stepwise", counting)
     return steps
 
 

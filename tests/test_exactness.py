@@ -170,7 +170,7 @@ def test_restrictions_close_through_what_they_omit(recorded):
 
 def test_chunks_of_test_samples_change_nothing(recorded):
     from explaind_core.attribute import _Frame
-    from explaind_core.plan import Question
+    from explaind_core.question import Question
 
     _, run, inputs, _ = recorded
     results = []

@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 import torch
 from attribution_oracles import assert_equal, dense, modules, record
+from attribution_oracles import rows as select
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
+from torch.func import functional_call, jacrev, jvp, vmap
 from torch.nn import functional as F
 
 import explaind_core as explaind
-from explaind_core import Activation, Function, Loss, Outputs
+from explaind_core import Activation, Chosen, Function, LogProbabilities, Loss, Outputs
 from explaind_core.errors import QuestionError
+from explaind_core.outputs import flat_rows, run_model
 from explaind_core.run import Run
 from explaind_core.testing import record_example
 
@@ -100,15 +105,16 @@ def test_the_settings_of_the_runs_own_loss_are_kept(tmp_path):
     check(Loss(TARGETS), smoothed, of=recorded)
 
 
-def test_a_loss_rows_its_targets_with_the_inputs_chunks(monkeypatch):
+@pytest.mark.parametrize("output", [Loss(TARGETS), Chosen(TARGETS)], ids=["loss", "chosen"])
+def test_targets_are_cut_into_the_inputs_chunks(output, monkeypatch):
     from functools import partial
 
-    from explaind_core.plan import Question
+    from explaind_core.question import Question
 
-    whole = ask(Loss(TARGETS))
+    whole = ask(output)
     monkeypatch.setattr(Question, "ask", partial(Question.ask, chunk=2))
     # Chunks of other sizes round differently.
-    np.testing.assert_allclose(ask(Loss(TARGETS)).kernel, whole.kernel, rtol=0, atol=1e-14)
+    np.testing.assert_allclose(ask(output).kernel, whole.kernel, rtol=0, atol=1e-14)
 
 
 def test_an_activation_is_explained_through_the_layers_below_it():
@@ -141,6 +147,146 @@ def test_a_subclass_may_see_the_model_and_the_rows():
     check(Own(), lambda call, inputs: call(inputs) * torch.arange(3)[:, None])
 
 
+class Tokens(nn.Module):
+    """Token numbers to [n, T, V], or [n, V, T]; the second argument scales."""
+
+    def __init__(self, classes_first=False):
+        super().__init__()
+        self.embedding, self.head, self.classes_first = nn.Embedding(5, 4), nn.Linear(4, 5), classes_first
+
+    def forward(self, tokens, scale):
+        values = self.head(torch.tanh(self.embedding(tokens).cumsum(1))) * scale[:, None, None]
+        return values.transpose(1, 2) if self.classes_first else values
+
+
+def sequences(n):
+    generator = torch.Generator().manual_seed(n)
+    tokens = torch.randint(5, (n, 3), generator=generator)
+    return {"tokens": tokens, "scale": torch.rand(n, dtype=torch.float64, generator=generator) + 0.5}
+
+
+@pytest.fixture(scope="module")
+def token_runs(tmp_path_factory) -> dict[bool, Run]:
+    """Whole numbers as inputs, named inputs, an output per token; by whether the classes come first."""
+    inputs = sequences(12)
+
+    def one(classes_first):
+        torch.manual_seed(0)
+        return record(
+            tmp_path_factory.mktemp("tokens") / "run", Tokens(classes_first).double(),
+            lambda ps: torch.optim.AdamW(ps, lr=0.1), inputs, (inputs["tokens"] + 1) % 5, steps=2,
+            loss=lambda output, target: F.cross_entropy(output if classes_first else output.transpose(1, 2), target),
+        )  # fmt: skip
+
+    return {False: one(False), True: one(True)}
+
+
+SEQUENCES = sequences(4)
+CHOSEN = torch.tensor([[0, 1, 4], [3, 3, 0], [2, 4, 1], [1, 0, 2]])
+
+
+@pytest.mark.parametrize("columns", [None, [2, 0]])
+def test_log_probabilities_of_classes(columns):
+    def reference(call, inputs):
+        values = call(inputs)
+        logs = values - values.exp().sum(1, keepdim=True).log()
+        return logs if columns is None else logs[:, columns]
+
+    check(LogProbabilities(columns), reference)
+
+
+@pytest.mark.parametrize("classes_first", [False, True])
+def test_log_probabilities_of_tokens(token_runs, classes_first):
+    axis = 1 if classes_first else 2
+
+    def reference(call, inputs):
+        values = call(inputs)
+        return values - values.exp().sum(axis, keepdim=True).log()
+
+    recorded = token_runs[classes_first]
+    result = check(LogProbabilities(axis=1 if classes_first else -1), reference, of=recorded, inputs=SEQUENCES)
+    assert result.sizes["output"] == 15
+    # Whichever axis comes first, the exponentials of one token sum to 1.
+    sums = np.exp(result.final.values.reshape(4, *((5, 3) if classes_first else (3, 5)))).sum(axis)
+    np.testing.assert_allclose(sums, 1, atol=1e-14)
+
+
+def test_a_chosen_logit_per_sample():
+    result = check(Chosen(TARGETS), lambda call, inputs: call(inputs)[[0, 1, 2], [2, 0, 1]])
+    assert result.sizes["output"] == 1
+    everything = ask(None)
+    for test, column in enumerate([2, 0, 1]):
+        np.testing.assert_allclose(result.kernel[:, :, test, 0], everything.kernel[:, :, test, column], atol=1e-15)
+
+
+def test_a_chosen_log_probability_is_minus_the_loss():
+    result = check(Chosen([2, 0, 1], of=LogProbabilities()), lambda call, inputs: -log_loss(call, inputs))
+    loss = ask(Loss(TARGETS))
+    for name in ("kernel", "regularization", "residual", "initial", "final"):
+        np.testing.assert_allclose(result[name], -loss[name], rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("classes_first", [False, True])
+def test_a_chosen_entry_per_token(token_runs, classes_first):
+    def reference(call, inputs):
+        values = call(inputs)
+        logs = (values.transpose(1, 2) if classes_first else values).log_softmax(-1)
+        return torch.stack([torch.stack([logs[n, t, CHOSEN[n, t]] for t in range(3)]) for n in range(4)])
+
+    of = LogProbabilities(axis=1) if classes_first else LogProbabilities()
+    result = check(Chosen(CHOSEN, of=of), reference, of=token_runs[classes_first], inputs=SEQUENCES)
+    assert result.sizes["output"] == 3
+    raw = Chosen(CHOSEN, axis=1) if classes_first else Chosen(CHOSEN)
+    values = ask(raw, of=token_runs[classes_first], inputs=SEQUENCES).final
+    everything = ask(None, of=token_runs[classes_first], inputs=SEQUENCES).final.values
+    everything = everything.reshape(4, 5, 3).transpose(0, 2, 1) if classes_first else everything.reshape(4, 3, 5)
+    np.testing.assert_allclose(values, np.take_along_axis(everything, CHOSEN.numpy()[..., None], 2)[..., 0], atol=1e-15)
+
+
+def test_anything_with_a_class_axis_can_be_chosen_from():
+    check(Chosen(TARGETS, of=Activation("1")), lambda call, inputs: call.model[:2](inputs)[range(3), TARGETS])
+    check(Chosen(TARGETS, of=lambda call, inputs: call(inputs) ** 2), lambda c, x: c(x)[range(3), TARGETS] ** 2)
+
+
+OF_TOKENS = {
+    "log probabilities": LogProbabilities(),
+    "columns": LogProbabilities([1, 0]),
+    "chosen": Chosen(CHOSEN),
+    "chosen log probabilities": Chosen(CHOSEN, of=LogProbabilities()),
+    "chosen activations": Chosen(CHOSEN, of=Activation("head")),
+}
+
+
+@settings(deadline=None, max_examples=25)
+@given(rows=st.lists(st.integers(0, 3), min_size=1, max_size=6), name=st.sampled_from([*OF_TOKENS]))
+def test_any_rows_in_one_piece_and_one_by_one(rows, name):
+    """Test samples are asked for as slices, as row numbers, and one by one under vmap, in both modes."""
+    torch.manual_seed(0)
+    model = Tokens().double()
+    theta = {n: p.detach() for n, p in model.named_parameters()}
+    tangent = {n: torch.randn_like(p) for n, p in theta.items()}
+    output = OF_TOKENS[name]
+    output.check(model, 4)
+
+    def values(theta, rows):
+        def call(inputs):
+            return run_model(lambda *a, **k: functional_call(model, theta, a, k), inputs)
+
+        return output.values(model, call, select(SEQUENCES, rows), rows).flatten(1)
+
+    whole, chosen = values(theta, slice(0, 4)), torch.tensor(rows)
+    torch.testing.assert_close(values(theta, slice(1, 3)), whole[1:3], rtol=0, atol=1e-14)
+    torch.testing.assert_close(values(theta, chosen), whole[chosen], rtol=0, atol=1e-14)
+    alone = vmap(lambda row: values(theta, row[None])[0])(chosen)
+    torch.testing.assert_close(alone, whole[chosen], rtol=0, atol=1e-14)
+    along = jvp(lambda p: values(p, slice(0, 4)), (theta,), (tangent,))[1][chosen]
+    by_sample = vmap(lambda row: jvp(lambda p: values(p, row[None])[0], (theta,), (tangent,))[1])(chosen)
+    torch.testing.assert_close(by_sample, along, rtol=0, atol=1e-13)
+    jacobians = vmap(lambda row: jacrev(lambda p: values(p, row[None])[0])(theta))(chosen)
+    contracted = sum((jacobians[n] * tangent[n]).flatten(2).sum(2) for n in theta)
+    torch.testing.assert_close(contracted, along, rtol=0, atol=1e-13)
+
+
 class Repeated(nn.Module):
     def __init__(self):
         super().__init__()
@@ -165,6 +311,36 @@ REFUSED = {
     "too few targets": (Loss(TARGETS[:2]), "targets and inputs do not have the same number of samples", 3, {2}),
     "targets without rows": (Loss(torch.tensor(1)), "targets and inputs do not have the same number", 3, {0}),
     "columns": (Outputs([0, 3, -4]), "output columns are out of range", "0 <= column < 3", [3, -4]),
+    "columns of log probabilities": (
+        LogProbabilities([3]),
+        "output columns are out of range",
+        "0 <= column < 3",
+        [3],
+    ),
+    "the samples' axis": (
+        LogProbabilities(axis=0),
+        "the output has no such class axis",
+        "an axis of (3, 3) behind the samples' own",
+        0,
+    ),
+    "no such axis": (LogProbabilities(axis=2), "the output has no such class axis", None, 2),
+    "no classes": (Chosen([0, 1, 2], of=margin), "the output has no such class axis", None, -1),
+    "too few chosen": (Chosen([0, 1]), "columns and inputs do not have the same number of samples", 3, 2),
+    "chosen for all at once": (Chosen(1), "columns and inputs do not have the same number of samples", 3, 0),
+    "chosen out of range": (Chosen([0, 1, 3]), "a chosen column is out of range", "0 <= column < 3", 3),
+    "chosen by token": (
+        Chosen([[0, 1]] * 3),
+        "there is not one chosen column for each place of the output",
+        (3,),
+        (3, 2),
+    ),
+    "chosen of an unknown module": (Chosen([0, 1, 2], of=Activation("3")), "the model has no module '3'", None, "3"),
+    "chosen of a tuple": (
+        Chosen([0, 1, 2], of=lambda call, inputs: (call(inputs),)),
+        "the output is not a tensor",
+        None,
+        "tuple",
+    ),
     "no output": (7, "output is nothing that can be explained", None, "int"),
     "a tuple": (lambda call, inputs: (call(inputs),), "the output is not a tensor", None, "tuple"),
     "a mean": (lambda call, inputs: call(inputs).mean(), "the output does not have one row per sample", "[3, ...]", ()),
@@ -197,6 +373,23 @@ def test_what_cannot_be_explained_is_refused(name):
     assert error.value.what.startswith(what)
     assert error.value.got == got
     assert expected is None or error.value.expected == expected
+
+
+def test_chosen_columns_are_whole_numbers_and_not_negative():
+    with pytest.raises(QuestionError, match="the chosen columns are not whole numbers") as error:
+        Chosen([0.0, 1.0])
+    assert (error.value.expected, error.value.got) == ("int64", torch.float32)
+    with pytest.raises(QuestionError, match="the chosen columns are not whole numbers"):
+        Chosen([True, False])
+    with pytest.raises(QuestionError, match="a chosen column is negative") as error:
+        Chosen([0, -100])  # what torch's losses ignore
+    assert error.value.got == -100
+    assert "padding" in error.value.remedy
+
+
+def test_log_probabilities_of_whole_numbers_are_refused():
+    with pytest.raises(QuestionError, match="the output has no derivative"):
+        flat_rows(LogProbabilities().values(nn.Identity(), lambda x: x, torch.tensor([[1, 2]]), slice(0, 1)), 1)
 
 
 def test_an_unknown_loss_is_asked_for(repeated):

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import explaind_core as explaind
 from explaind_core.errors import LayerError, QuestionError
-from explaind_core.plan import Question, parse_memory
+from explaind_core.budget import parse_memory
+from explaind_core.question import Question
 from explaind_core.run import Run
 from explaind_core.testing import record_example
 
@@ -120,9 +121,7 @@ def test_any_text_is_an_amount_of_memory_or_refused(text):
     ("keep", "what"),
     [
         (("step", "layers"), "there is no axis 'layers'"),
-        (("train",), "this version cannot keep the axis 'train'"),
-        (("step", "parameter"), "this version cannot keep the axis 'parameter'"),
-        (("gradient_step", "foo"), "this version cannot keep the axis 'gradient_step'"),
+        (("gradient_step", "foo"), "there is no axis 'foo'"),
         (("step", "step"), "an axis is named twice"),
     ],
 )
@@ -133,10 +132,6 @@ def test_axes_that_cannot_be_kept_are_refused(keep, what):
 
 def test_one_axis_needs_no_tuple():
     assert explaind.attribute(run(), INPUTS, keep="layer", nodes=1, progress=False).kernel.dims == ("layer",)
-
-
-def test_the_training_samples_cannot_be_restricted_yet():
-    assert refused(train=[0, 1]).what == "this version cannot restrict the training samples"
 
 
 @pytest.mark.parametrize(
@@ -194,5 +189,5 @@ def test_a_plan_leaves_the_run_unasked(monkeypatch):
     """Nothing is decomposed for it."""
     import sys
 
-    monkeypatch.setattr(sys.modules["explaind_core.contract"], "decompose", None)
+    monkeypatch.setattr(sys.modules["explaind_core.stepwise"], "decompose", None)
     assert explaind.plan(run(), INPUTS, nodes=1).steps == 5

@@ -1,0 +1,121 @@
+"""Forward-time features: every entry's own part of every update.
+
+An entry is a training sample, a group of them, the gradient of one step, or a pair of these. Its features are
+``h_{s,e} = - P_s [ what the filter reads out of e's gradients alone ]``, so that ``phi_s h_{s,e}`` is what e added.
+They take (entries) x (parameters asked for) numbers a filter state: the adjoint does without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from explaind_core.coefficients import FilterState
+from explaind_core.decompose import StepDecomposition
+from explaind_core.operators import apply_each
+from explaind_core.question import Question
+from explaind_core.recorded import FLAT, split_flat, to_dense
+from explaind_core.sample_gradients import SampleGradients
+
+__all__ = ["EntryFeatures", "samples_of"]
+
+
+def samples_of(question: Question, split: StepDecomposition, names: list[str]) -> tuple[SampleGradients, float]:
+    """The gradients of one step's samples, and the factor by which they make up the gradient that was fed.
+
+    Raises:
+        RecordingError: they do not.
+    """
+    run = question.run
+    assert run.model is not None
+    assert run.loss is not None
+    samples = SampleGradients(
+        run.model, run.loss, run.batch(split.step), split.taken_at, run.buffers(split.step - 1), names
+    )
+    recorded = {n: split.gradients[n] for n in names if n in split.gradients}
+    return samples, samples.fit(recorded, step=split.step, factor=run.gradient_factor(split.step))
+
+
+class EntryFeatures:
+    """The filter states of all entries of a question, fed step by step.
+
+    The entries are those of (gradient_step, train) as far as kept, in this order, and one more for what is not asked
+    for where gradients are restricted.
+
+    Args:
+        question: the question. names: the parameters whose features are wanted.
+    """
+
+    def __init__(self, question: Question, names: list[str]) -> None:
+        self.question = question
+        self.names = names
+        keep = question.keep
+        self.steps = {s: n for n, s in enumerate(question.gradient_steps)}
+        self.shape = (
+            len(self.steps) if "gradient_step" in keep else 1,
+            len(question.train.labels) if question.train is not None and "train" in keep else 1,
+        )
+        self.asked = self.shape[0] * self.shape[1]
+        self.count = self.asked + question.restricts_gradients
+        self._states: dict[str, FilterState] = {}
+
+    def advance(self, split: StepDecomposition) -> dict[str, Tensor]:
+        """Feed one step; the features by parameter name: ``[entries, *shape]``, in the model's dtype."""
+        fed = self._gradients(split)
+        flat = FLAT in split.coefficients
+        order = list(split.updates)
+        found: dict[str, Tensor] = {}
+        for unit, declared in split.coefficients.items():
+            if flat:
+                u = torch.cat([fed[n].flatten(1) for n in order], 1)
+            elif unit in fed:
+                u = fed[unit]
+            else:
+                continue
+            u = apply_each(declared.gradient_operator, u)  # type: ignore[arg-type]
+            state = self._states.get(unit, ())
+            state = (*state, *(torch.zeros_like(u) for _ in range(declared.filter.order - len(state))))
+            out, self._states[unit] = declared.filter.advance_each(state, u)
+            h = -apply_each(declared.preconditioner, out)  # type: ignore[arg-type]
+            if flat:
+                parts = [split_flat(row, split.theta, order) for row in h]
+                found |= {n: torch.stack([part[n] for part in parts]) for n in order if n in self.names}
+            else:
+                found[unit] = h
+        return found
+
+    def _gradients(self, split: StepDecomposition) -> dict[str, Tensor]:
+        """Every entry's share of the gradient that one step was fed: ``[entries, *shape]``."""
+        names = list(split.updates) if FLAT in split.coefficients else [n for n in self.names if n in split.updates]
+        like = {n: split.theta[n] for n in names}
+        fed = {n: t.new_zeros((self.count, *t.shape)) for n, t in like.items()}
+        train, asked = self.question.train, split.step in self.steps
+        row = self.steps.get(split.step, 0) * self.shape[1] if self.shape[0] > 1 else 0
+        if not asked or train is None:
+            place = row if asked else self.count - 1
+            for n in names:
+                if n in split.gradients:
+                    fed[n][place] = to_dense(split.gradients[n])
+            return fed
+        samples, scale = samples_of(self.question, split, names)
+        positions = train.positions(samples.ids)
+        if self.shape[1] == 1:  # not told apart
+            positions = torch.where(positions >= 0, torch.zeros_like(positions), positions)
+        places = torch.where(positions >= 0, positions + row, torch.full_like(positions, self.count - 1))
+        present = torch.unique(places)
+        if 4 * len(present) <= len(places):  # few groups: one backward pass each
+            weights = (places == present[:, None]).to(next(iter(fed.values())).dtype) * scale
+            for n, g in samples.weighted(weights).items():
+                fed[n][present] = g.cpu()
+            return fed
+        for part, gradients in samples.chunks():
+            for n, g in gradients.items():
+                fed[n].index_add_(0, places[part], g.cpu() * scale)
+        return fed
+
+
+def stacked(features: Mapping[str, Tensor], entry: int) -> dict[str, Tensor]:
+    """One entry's features by parameter name."""
+    return {n: h[entry] for n, h in features.items()}

@@ -1,0 +1,219 @@
+"""The strategies that go forwards in time, segment by segment: forward mode, reverse mode, forward-time features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from explaind_core.contract import refine, term_names, updates_of
+from explaind_core.decompose import StepDecomposition, UpdateSplit, decompose
+from explaind_core.entries import EntryFeatures
+from explaind_core.errors import NonFiniteError
+from explaind_core.quadrature import climb
+from explaind_core.question import Question
+from explaind_core.restrictions import Segment
+from explaind_core.reverse import Products, products, reduced
+from explaind_core.windows import Contribution, Places, WindowSum
+
+__all__ = ["finite_values", "joined", "stepwise"]
+
+Features = Mapping[str, Tensor]
+
+
+def finite_values(question: Question, theta: Mapping[str, Tensor], s: int, block: slice | None = None) -> Tensor:
+    """The explained function after step s, ``[n, J]``.
+
+    Raises:
+        NonFiniteError: it is NaN or infinite.
+    """
+    values = question.function.values(theta, block)
+    if not torch.isfinite(values).all():
+        raise NonFiniteError("the explained function is NaN or infinite", where=f"theta after step {s}")
+    return values
+
+
+def joined(splits: Sequence[StepDecomposition]) -> StepDecomposition:
+    """The steps of one segment as one: updates are added up, and theta goes from the first to the last."""
+    if len(splits) == 1:
+        return splits[0]
+    updates: dict[str, UpdateSplit] = {}
+    for split in splits:
+        for name, u in split.updates.items():
+            known = updates.get(name)
+            updates[name] = u if known is None else UpdateSplit(
+                kernel=known.kernel + u.kernel,
+                regularization=known.regularization + u.regularization,
+                prehistory=_added(known.prehistory, u.prehistory),
+                displacement=known.displacement + u.displacement,
+            )  # fmt: skip
+    return replace(
+        splits[-1],
+        updates=updates,
+        theta_before=splits[0].theta_before,
+        error=max(s.error for s in splits),
+        correction=max(s.correction for s in splits),
+    )
+
+
+def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if one is None else one if other is None else one + other
+
+
+def _segments(question: Question, first: int) -> Iterator[tuple[Segment, StepDecomposition, Features | None]]:
+    """The segments from window ``first`` on, each with its update and, where gradients are split, its features."""
+    wanted = {s: segment for segment in question.segments if segment.window >= first for s in segment.steps}
+    entries = None
+    if question.splits_gradients:
+        names = [n for n in question.run.parameters if any(n in layer.masks for layer in question.layers)]
+        entries = EntryFeatures(question, names)
+    start = 1 if entries is not None else min(wanted)
+    held: list[StepDecomposition] = []
+    features: dict[str, Tensor] | None = None
+    for split in decompose(question.run, first=start, last=question.steps[-1]):
+        found = entries.advance(split) if entries is not None else None
+        segment = wanted.get(split.step)
+        if segment is None:
+            continue
+        held.append(split)
+        if found is not None:
+            known = features or {}
+            features = {**known, **{n: h + known[n] if n in known else h for n, h in found.items()}}
+        if split.step == segment.steps[-1]:
+            yield segment, joined(held), features
+            held, features = [], None
+
+
+def stepwise(
+    question: Question,
+    strategy: str,
+    outputs: int,
+    scale: float,
+    *,
+    first: int = 0,
+    last_values: Tensor,
+    block: int,
+    advanced: Callable[[int], object] = id,
+) -> Iterator[Contribution]:
+    """What each window, from window ``first`` on, added to the explained function.
+
+    Args:
+        strategy: ``"forward"``, ``"reverse"`` or ``"features"``. outputs: J. scale: what the quadrature's tolerance
+            is a fraction of. last_values: f where the window before ended. block: the search for the order begins
+            afresh every so many windows, so that what is taken up there gets the same nodes as in one go.
+        advanced: called with the number of steps of every finished segment.
+    """
+    names, places = term_names(question.run), Places(question)
+    rung = 0
+    total: WindowSum | None = None
+    following: tuple[int, Tensor] | None = None
+    for segment, split, features in _segments(question, first):
+        if total is not None and total.window != segment.window:
+            yield total.finish()
+            total = None
+        if total is None:
+            total = WindowSum(question, segment.window, outputs, names)
+            rung = rung if (segment.window - first) % block else 0
+        a, b = segment.steps[0] - 1, segment.steps[-1]
+        known = following is not None and following[0] == a
+        before = following[1] if known and following is not None else finite_values(question, split.theta_before, a)
+        after = finite_values(question, split.theta, b)
+        bound = question.quadrature.tolerance * scale
+        if strategy == "forward":
+            rung = _by_forward_mode(question, total, split, names, features, (before, after), bound, rung)
+        else:
+            rung = _by_reverse_mode(question, places, total, split, names, features, (before, after), bound, rung)
+        total.change += reduced(after - before, question)
+        total.gap += reduced(before - last_values, question)
+        total.note(update_error=split.error, correction=split.correction)
+        last_values, following = after, (b, after)
+        advanced(len(segment.steps))
+    if total is not None:
+        yield total.finish()
+
+
+def _by_forward_mode(
+    question: Question,
+    total: WindowSum,
+    split: StepDecomposition,
+    names: tuple[str, ...],
+    features: Features | None,
+    values: tuple[Tensor, Tensor],
+    bound: float,
+    rung: int,
+) -> int:
+    updates = updates_of(split, names)
+    keys: list[str] = list(names)
+    steps, entries = total.terms["kernel"].shape[0], total.terms["kernel"].shape[3]
+    if features is not None:
+        del updates["kernel"]
+        count = len(next(iter(features.values()), ()))
+        updates |= {f"kernel/{e}": {n: h[e] for n, h in features.items()} for e in range(count)}
+        keys = list(updates)
+    found, rung = refine(
+        question.function, split, keys, question.layers, question.rest, values, question.quadrature, bound, rung,
+        updates=updates,
+    )  # fmt: skip
+    for key, term in found.terms.items():
+        name, _, entry = key.partition("/")
+        summed = term
+        for axis, kept in ((1, "test"), (2, "output")):
+            if not question.keeps(kept):
+                summed = summed.sum(axis, keepdim=True)
+        i, t = divmod(int(entry or 0), entries)
+        if i == steps:  # the last entry, where gradients are restricted: what is not asked for
+            total.omitted += summed.sum(0)
+        else:
+            total.terms[name][i, :, 0, t] += summed
+    if found.rest is not None:
+        total.omitted += reduced(found.rest, question)
+    total.count(nodes=found.nodes, evaluations=found.evaluations, converged=found.converged)
+    return rung
+
+
+def _by_reverse_mode(
+    question: Question,
+    places: Places,
+    total: WindowSum,
+    split: StepDecomposition,
+    names: tuple[str, ...],
+    features: Features | None,
+    values: tuple[Tensor, Tensor],
+    bound: float,
+    rung: int,
+) -> int:
+    shapes = {name: term.shape for name, term in total.terms.items()}
+    blocks = _blocks(question)
+
+    def evaluate(q: int) -> tuple[Tensor, Products]:
+        points = question.quadrature.points(q)
+        found = products(question, places, split, names, features, blocks, points, shapes)
+        return found.total, found
+
+    before, after = (reduced(v, question) for v in values)
+    climbed = climb(question.quadrature, rung, bound, before, after, evaluate, question.function.dtype)
+    for name, term in climbed.best.terms.items():
+        total.terms[name] += term
+    total.omitted += climbed.best.rest + climbed.best.others
+    total.count(nodes=climbed.nodes, evaluations=climbed.evaluations, converged=climbed.converged)
+    return climbed.rung
+
+
+def _blocks(question: Question) -> list[slice]:
+    """The test samples in blocks whose feature maps take at most a quarter of the memory budget."""
+    function = question.function
+    if not question.keeps("test"):
+        return [slice(0, function.samples)]
+    size = max(1, question.memory // 4 // row_bytes(question))
+    return [slice(a, min(a + size, function.samples)) for a in range(0, function.samples, size)]
+
+
+def row_bytes(question: Question) -> int:
+    """What phi of one test sample takes: in the model's dtype, and once more in float64 for one tensor at a time."""
+    function = question.function
+    outputs = function.outputs if question.keeps("output") else 1
+    names = {n for layer in question.layers for n in layer.masks}
+    sizes = [question.run.parameters[n].shape.numel() for n in names]
+    return outputs * (2 * function.dtype.itemsize * sum(sizes) + 8 * max(sizes))

@@ -1,0 +1,162 @@
+"""What the windows of a question sum up to, whichever strategy computed it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from explaind_core.layers import Layer
+from explaind_core.question import AXES, GRADIENT_AXES, Question
+
+__all__ = ["Contribution", "Places", "WindowSum"]
+
+#: The axes of one window's terms.
+INNER = AXES[1:]
+
+
+@dataclass
+class Contribution:
+    """What one window added to the explained function. Arrays are float64 over the kept axes, step left out.
+
+    Attributes:
+        window: its position. terms: term -> influences. residual, omitted: over (test, output) as far as kept.
+        nodes, evaluations: of the quadrature, summed over the window's segments. converged: whether all of them met the
+            tolerance. update_error, correction: the largest of its steps (see decompose).
+    """
+
+    window: int
+    terms: Mapping[str, Tensor]
+    residual: Tensor
+    omitted: Tensor
+    nodes: int
+    evaluations: int
+    converged: bool
+    update_error: float
+    correction: float
+
+
+@dataclass
+class WindowSum:
+    """Adds up one window, step by step.
+
+    Every array has all inner axes in order, of size 1 where an axis is not kept; ``samples`` is how many test
+    samples it is about, if not all.
+    """
+
+    question: Question
+    window: int
+    outputs: int
+    names: Sequence[str]
+    samples: int | None = None
+    terms: dict[str, Tensor] = field(init=False)
+    change: Tensor = field(init=False)
+    omitted: Tensor = field(init=False)
+    gap: Tensor = field(init=False)
+    nodes: int = 0
+    evaluations: int = 0
+    converged: bool = True
+    update_error: float = 0.0
+    correction: float = 0.0
+
+    def __post_init__(self) -> None:
+        sizes = self.question.sizes(self.outputs)
+        sizes["test"] = self.samples if self.samples is not None else sizes["test"]
+        full = [sizes[axis] if axis in self.question.keep else 1 for axis in INNER]
+        plain = [1 if axis in GRADIENT_AXES else n for axis, n in zip(INNER, full, strict=True)]
+        self.terms = {
+            name: torch.zeros(full if name == "kernel" else plain, dtype=torch.float64) for name in self.names
+        }
+        edge = (full[-2], full[-1])
+        self.change, self.omitted, self.gap = (torch.zeros(edge, dtype=torch.float64) for _ in range(3))
+
+    def count(self, *, nodes: int, evaluations: int, converged: bool) -> None:
+        """Note what a segment's quadrature took."""
+        self.nodes += nodes
+        self.evaluations += evaluations
+        self.converged &= converged
+
+    def note(self, *, update_error: float, correction: float) -> None:
+        """Note how well a step is explained."""
+        self.update_error = max(self.update_error, update_error)
+        self.correction = max(self.correction, correction)
+
+    def finish(self) -> Contribution:
+        """The sum, over the kept axes; what nothing explains is the residual."""
+        total = self.omitted.clone()
+        for term in self.terms.values():
+            total += term.sum(tuple(range(term.ndim - 2)))
+        keep = self.question.keep
+        return Contribution(
+            window=self.window,
+            terms={
+                n: _squeezed(t, INNER, keep, gone=() if n == "kernel" else GRADIENT_AXES) for n, t in self.terms.items()
+            },
+            residual=_squeezed(self.change - total, AXES[-2:], keep),
+            omitted=_squeezed(self.omitted + self.gap, AXES[-2:], keep),
+            nodes=self.nodes,
+            evaluations=self.evaluations,
+            converged=self.converged,
+            update_error=self.update_error,
+            correction=self.correction,
+        )
+
+
+def _squeezed(values: Tensor, axes: Sequence[str], keep: Sequence[str], *, gone: Sequence[str] = ()) -> Tensor:
+    shape = [n for axis, n in zip(axes, values.shape, strict=True) if axis in keep and axis not in gone]
+    return values.reshape(shape)
+
+
+class Places:
+    """Where the entries of each parameter tensor stand on the layer and the parameter axis.
+
+    Args:
+        question: the question.
+    """
+
+    def __init__(self, question: Question) -> None:
+        self.question = question
+        self.names = [n for n in question.run.parameters if any(n in layer.masks for layer in question.layers)]
+        self.codes = {n: code for code, n in enumerate(question.run.parameters)}
+        self._columns: dict[str, Tensor] = {}
+        start = 0
+        for name in self.names:
+            covered = self._covered(name)
+            columns = torch.full((covered.numel(),), -1, dtype=torch.int64)
+            columns[covered] = torch.arange(start, start + int(covered.sum()))
+            self._columns[name] = columns
+            start += int(covered.sum())
+
+    def _covered(self, name: str) -> Tensor:
+        """[d]: which entries of a tensor belong to a layer."""
+        covered = torch.zeros(self.question.run.parameters[name].shape, dtype=torch.bool)
+        for layer in self.question.layers:
+            if name in layer.masks:
+                mask = layer.masks[name]
+                covered |= torch.ones_like(covered) if mask is None else mask.bool()
+        return covered.reshape(-1)
+
+    def of(self, name: str) -> Iterator[tuple[int, Layer, Tensor | None]]:
+        """The layers that hold entries of a tensor: (position on the layer axis, layer, mask)."""
+        for position, layer in enumerate(self.question.layers):
+            if name in layer.masks:
+                yield position, layer, layer.masks[name]
+
+    def columns(self, name: str, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(entries of the flattened tensor inside ``mask``, their places on the parameter axis)."""
+        columns = self._columns[name]
+        inside = torch.arange(len(columns)) if mask is None else mask.reshape(-1).nonzero().squeeze(1)
+        return inside, columns[inside]
+
+    def labels(self) -> tuple[Tensor, Tensor]:
+        """The parameter axis: (position among all entries of all parameters, code of the tensor)."""
+        flat, tensors, start = [], [], 0
+        for name, info in self.question.run.parameters.items():
+            if name in self._columns:
+                inside = (self._columns[name] >= 0).nonzero().squeeze(1)
+                flat.append(inside + start)
+                tensors.append(torch.full_like(inside, self.codes[name]))
+            start += info.shape.numel()
+        return torch.cat(flat), torch.cat(tensors)
