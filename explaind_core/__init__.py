@@ -9,6 +9,7 @@ from typing import Any
 
 from explaind_core import errors, operators
 from explaind_core.attribute import attribute, closure_error
+from explaind_core.checkpoints import attribute_checkpoints
 from explaind_core.coefficients import LinearFilter, RecordedStep, StepCoefficients, UpdateRule
 from explaind_core.decompose import decompose
 from explaind_core.hookspecs import hookimpl
@@ -16,6 +17,7 @@ from explaind_core.inferred import InferredRule
 from explaind_core.outputs import Activation, Chosen, Function, LogProbabilities, Loss, Output, Outputs
 from explaind_core.plan import Plan, plan
 from explaind_core.recorder import Recorder
+from explaind_core.restrictions import Sample
 from explaind_core.run import Run, open_run
 from explaind_core.scores import importance, relative_regularization, spread_residual
 from explaind_core.verify import Verification, verify
@@ -34,10 +36,12 @@ __all__ = [
     "RecordedStep",
     "Recorder",
     "Run",
+    "Sample",
     "StepCoefficients",
     "UpdateRule",
     "Verification",
     "attribute",
+    "attribute_checkpoints",
     "closure_error",
     "decompose",
     "errors",

@@ -177,7 +177,7 @@ def _backwards(frame: Frame, choice: Choice, done: int, progress: bool) -> Itera
                 adjoint = Adjoint(question, tape, block, frame.outputs, frame.scale, method=choice.method)
                 parts = adjoint.run(advance)
                 if adjoint.dropped:
-                    frame.remarks["tail_dropped"] = "below rounding before step " + ", ".join(
+                    question.facts["tail_dropped"] = "below rounding before step " + ", ".join(
                         f"{s} (window {question.windows[w].name})" for w, s in sorted(adjoint.dropped.items())
                     )
                 yield block, parts

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from explaind_core.coefficients import FilterState
 from explaind_core.decompose import StepDecomposition
+from explaind_core.errors import ExplaindError, RecordingError
 from explaind_core.operators import apply_each
 from explaind_core.question import Question
 from explaind_core.recorded import FLAT, split_flat, to_dense
@@ -25,17 +26,38 @@ __all__ = ["EntryFeatures", "samples_of"]
 def samples_of(question: Question, split: StepDecomposition, names: list[str]) -> tuple[SampleGradients, float]:
     """The gradients of one step's samples, and the factor by which they make up the gradient that was fed.
 
+    The model is run in training mode, as it was trained, or else in evaluation mode, as a fine-tuned one may have been:
+    the one whose gradients are those that were recorded is right.
+
     Raises:
-        RecordingError: they do not.
+        RecordingError: neither is.
     """
     run = question.run
-    assert run.model is not None
     assert run.loss is not None
-    samples = SampleGradients(
-        run.model, run.loss, run.batch(split.step), split.taken_at, run.buffers(split.step - 1), names
-    )
     recorded = {n: split.gradients[n] for n in names if n in split.gradients}
-    return samples, samples.fit(recorded, step=split.step, factor=run.gradient_factor(split.step))
+    batch, factor = run.batch(split.step), run.gradient_factor(split.step)
+    first: ExplaindError | None = None
+    for training in (run.trains_in_training_mode, not run.trains_in_training_mode):
+        try:
+            buffers = run.buffers(split.step - 1)
+            samples = SampleGradients(run.model_in(training), run.loss, batch, split.taken_at, buffers, names)
+            scale = samples.fit(recorded, step=split.step, factor=factor)
+        except RecordingError as error:
+            first = first or error
+            continue
+        except ValueError as error:  # torch's own, of batch normalisation that is given a single sample
+            first = first or RecordingError(
+                f"the model cannot be run on a part of a batch: {error}",
+                where=f"step {split.step}",
+                remedy="a gradient has no share per sample there: keep only axes other than train",
+            )
+            continue
+        run.trains_in_training_mode = training
+        smallest, largest = question.facts.get("gradient_factor", (scale, scale))
+        question.facts["gradient_factor"] = [min(smallest, scale), max(largest, scale)]
+        return samples, scale
+    assert first is not None
+    raise first
 
 
 class EntryFeatures:

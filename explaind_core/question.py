@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,7 +53,8 @@ class Question:
         layers, rest: what is kept apart, and what that leaves out.
         keep: the kept axes in order. quadrature: the nodes. function: what is explained. memory: bytes.
         strategy: what the caller insists on, None for the planner's choice.
-        chords: steps that share a straight line. notes: what a result must say about how it was asked for.
+        chords: steps that share a straight line. notes: what a result must say about how it was asked for;
+            facts: what is found on the way and must be said too.
     """
 
     run: Run
@@ -70,6 +71,7 @@ class Question:
     strategy: str | None = None
     chords: int = 1
     notes: tuple[str, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod
     def ask(

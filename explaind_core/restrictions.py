@@ -189,10 +189,11 @@ def resolve_train(run: Run, train: Any, gradient_steps: Sequence[int]) -> TrainE
     """The samples that ``train`` names: all (None), ids, a slice of them, or a mapping from a name to these.
 
     Raises:
-        QuestionError: an id that no gradient in scope is of, a repeated one, groups that overlap, or none.
+        QuestionError: an id that no gradient of the run is of, a repeated one, groups that overlap, or none.
     """
     seen = sorted({i for s in gradient_steps for i in run.sample_ids(s).tolist()})
-    where, expected = "train", f"ids of samples in the batches ({len(seen)} of them, {_span(seen)})"
+    where, expected = "train", f"ids of samples in the run's batches (in scope: {len(seen)}, {_span(seen)})"
+    ever: set[int] = set()  # of the whole run: looked up only where an id is not in scope
     if not seen:
         raise QuestionError("no gradient in scope has samples", where=where, expected="recorded batches", got="none")
 
@@ -205,15 +206,19 @@ def resolve_train(run: Run, train: Any, gradient_steps: Sequence[int]) -> TrainE
             chosen = [i for i in seen if i in range(*value.indices(seen[-1] + 1))]
         else:
             chosen = whole_numbers(value, "ids are not whole numbers", place, expected)
-        known = set(seen)
-        unknown = [i for i in chosen if i not in known]
+        unknown = sorted(set(chosen) - set(seen))
+        if unknown:
+            # A sample that no gradient in scope is of added nothing; one that the run never saw is a mistake.
+            ever.update(range(run.manifest.get("train_size") or 0))
+            ever.update(i for s in (() if ever else run.steps) for i in run.sample_ids(s).tolist())
+            unknown = [i for i in unknown if i not in ever]
         if unknown or not chosen:
             raise QuestionError(
                 f"{len(unknown)} ids are of no sample that was trained on" if unknown else "no sample is asked for",
                 where=place,
                 expected=expected,
                 got=unknown[:5] if unknown else value,
-                remedy="ids are those that were passed to recorder.batch",
+                remedy="ids are those that were passed to recorder.batch, or below its train_size",
             )
         if len(set(chosen)) < len(chosen):
             raise QuestionError("an id is named twice", where=place, got=value)
@@ -221,7 +226,7 @@ def resolve_train(run: Run, train: Any, gradient_steps: Sequence[int]) -> TrainE
 
     if not isinstance(train, Mapping):
         chosen = ids(train, where)
-        return TrainEntries(tuple(chosen), {i: n for n, i in enumerate(chosen)}, len(chosen) < len(seen))
+        return TrainEntries(tuple(chosen), {i: n for n, i in enumerate(chosen)}, bool(set(seen) - set(chosen)))
     groups = {str(name): ids(value, f"train[{name!r}]") for name, value in train.items()}
     of = {i: n for n, members in enumerate(groups.values()) for i in members}
     if len(of) < sum(map(len, groups.values())) or not groups:
@@ -232,7 +237,7 @@ def resolve_train(run: Run, train: Any, gradient_steps: Sequence[int]) -> TrainE
             got=list(groups),
             remedy="make them disjoint, or ask twice",
         )
-    return TrainEntries(tuple(groups), of, len(of) < len(seen))
+    return TrainEntries(tuple(groups), of, any(i not in of for i in seen))
 
 
 def _span(seen: Sequence[int]) -> str:

@@ -46,8 +46,6 @@ class Frame:
         self.edge_dims = tuple(axis for axis in question.keep if axis in AXES[-2:])
         self.residual_dims = tuple(axis for axis in question.keep if axis in ("step", *AXES[-2:]))
         self.dtype = np.dtype("float32") if question.value_bytes == 4 else np.dtype("float64")
-        #: Facts that are known only when the answer is there.
-        self.remarks: dict[str, Any] = {}
 
     @property
     def scale(self) -> float:
@@ -85,7 +83,7 @@ class Frame:
         variables["final"] = (self.edge_dims, self._edge(self.final, block))
         if not self.question.run.closed_by_secant:
             del counts["correction"]
-        attributes = self.attributes()
+        attributes = self.attributes()  # after the parts: facts are found on the way
         if keeps_step:
             variables |= {name: ("step", np.array(values)) for name, values in counts.items()}
         else:
@@ -180,7 +178,7 @@ class Frame:
             found["sampled"] = "; ".join(question.notes)
         if "parameter" in self.dims:
             found["tensors"] = list(question.run.parameters)
-        return found | self.remarks
+        return found | question.facts
 
     def fingerprint(self) -> str:
         """A hash of everything that the result depends on, by which an interrupted question knows itself again."""

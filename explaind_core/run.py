@@ -115,6 +115,9 @@ class Run:
         self.complete = self.store.read_json("closed.json") is not None
         self.model = None if model is None else self._check_model(model)
         self.loss = loss if loss is not None else rebuild_loss(self.manifest["loss"])
+        #: In which mode the model's gradients are the recorded ones, as far as is known.
+        self.trains_in_training_mode = True
+        self._models: dict[bool, nn.Module] = {}
         self._header = lru_cache(maxsize=4096)(self._read_header)
 
     def __repr__(self) -> str:
@@ -201,6 +204,16 @@ class Run:
             if isinstance(module, nn.Embedding | nn.EmbeddingBag):
                 module.sparse = False  # how a gradient is laid out, not what it is: dense ones can be batched
         return private
+
+    def model_in(self, training: bool) -> nn.Module:
+        """A private copy of the architecture in training or in evaluation mode."""
+        if self.model is None:
+            raise QuestionError(
+                "the run was opened without its model", where=self.path, remedy="open_run(path, model=model)"
+            )
+        if training not in self._models:
+            self._models[training] = copy.deepcopy(self.model).train(training)
+        return self._models[training]
 
     # ------------------------------------------------------------------ one step
     def check_step(self, s: int, *, first: int = 1) -> int:

@@ -16,6 +16,8 @@ __all__ = ["BLOCK", "append", "stored_result"]
 
 #: Windows, or test samples, computed before they are appended.
 BLOCK = 50
+#: Attributes that are known only when something was computed.
+_FOUND = ("tail_dropped", "gradient_factor")
 #: How what is counted over the step axis is joined, where test samples come in blocks.
 _JOINED = {
     "nodes": np.maximum, "evaluations": np.maximum, "converged": np.logical_and, "update_error": np.maximum,
@@ -80,7 +82,7 @@ def append(path: Path, identity: str, axis: str, done: int, blocks: Iterator[xr.
         done += size
         # Only now does the block count: one that a kill cuts short is computed again.
         attributes = zarr.open_group(path, mode="r+").attrs
-        attributes.update({**{k: v for k, v in block.attrs.items() if k.startswith("tail")}, "steps_done": done})
+        attributes.update({**{k: block.attrs[k] for k in _FOUND if k in block.attrs}, "steps_done": done})
 
 
 def _join_counts(path: Path, axis: str, block: xr.Dataset) -> None:

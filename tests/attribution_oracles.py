@@ -68,7 +68,7 @@ def record(
     for _ in range(unrecorded):
         backward()
         optimizer.step()
-    with explaind.Recorder(path, model, optimizer, loss) as recorder:
+    with explaind.Recorder(path, model, optimizer, loss, train_size=len(targets)) as recorder:
         for s in range(steps):
             for group in optimizer.param_groups if rates else ():
                 group["lr"] = rates[s]

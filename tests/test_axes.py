@@ -83,14 +83,16 @@ subsets = st.sampled_from(SUBSETS)
 
 
 def asked(truth, question):
-    """The question as the oracle takes it; and whether it asks for samples that no gradient in scope is of."""
+    """The question as the oracle takes it; and whether it asks for samples that the run never saw."""
     told = {**question, "layers": masks(truth, question["layers"])}
     told["test"] = [told["test"]] if isinstance(told["test"], int) else told["test"]
     train = told["train"] = told["train"].tolist() if isinstance(told["train"], torch.Tensor) else told["train"]
     known = truth.scope(**{**told, "train": None})[0]["train"]
     groups = train.values() if isinstance(train, dict) else [train]
     unknown = any(
-        not set(known) & set(range(100)[group]) if isinstance(group, slice) else bool(set(group) - set(known))
+        not set(known) & set(range(100)[group])
+        if isinstance(group, slice)
+        else bool(set(group) - set(truth.updates.ids))
         for group in groups
         if group is not None
     )
@@ -220,7 +222,7 @@ def test_a_strategy_that_is_insisted_on_gives_the_same_answer_or_refuses(strateg
             assert not must_answer(strategy, keep, question)
 
     check()
-    assert len(answered) > 3
+    assert answered
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -271,13 +273,24 @@ def test_the_whole_path_is_told_to_the_tolerance_by_adaptive_nodes():
         assert explaind.closure_error(result) < 1e-12
 
 
-@pytest.mark.parametrize("keep", [AXES, ("train",), ("step", "train", "test"), ("parameter", "test", "output")])
-def test_little_memory_means_smaller_pieces_and_the_same_numbers(keep):
-    plenty = explaind.attribute(example("adamw"), INPUTS, keep=keep, nodes=2, progress=False)
-    needed = sum(plenty[name].nbytes for name in plenty.data_vars)
-    ask(("adamw", "plain"), EVERYTHING, keep, memory=needed + 2**10)
+@pytest.mark.parametrize("keep", [AXES, ("train",), ("step", "train", "test"), ("train", "test", "output")])
+@pytest.mark.parametrize("strategy", ["features", "adjoint"])
+def test_little_memory_means_smaller_pieces_and_the_same_numbers(keep, strategy):
+    """As little as the library says it needs for one test sample at a time."""
     with pytest.raises(QuestionError, match="memory"):
         explaind.attribute(example("adamw"), INPUTS, keep=keep, nodes=2, memory=8, progress=False)
+    run, arguments = example("adamw"), {"keep": keep, "nodes": 2, "strategy": strategy, "progress": False}
+    for memory in (2**k for k in range(3, 20)):
+        try:
+            planned = explaind.plan(
+                run, INPUTS, memory=memory, **{k: v for k, v in arguments.items() if k != "progress"}
+            )
+        except QuestionError:
+            continue
+        if planned.fits:
+            break
+    assert (planned.passes > 1) == (strategy == "adjoint" and "test" in keep and len(keep) == 3)
+    ask(("adamw", "plain"), EVERYTHING, keep, memory=memory, strategy=strategy)
 
 
 @pytest.mark.parametrize("optimizer", ["nesterov", "adamw"])

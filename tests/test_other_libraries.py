@@ -184,7 +184,7 @@ def test_tracin_is_the_kernel_of_plain_sgd_with_one_node_at_the_start(sgd_run, l
     )
     assert result.train.values.tolist() == sorted({int(k) for s in sgd_run.steps for k in sgd_run.batch(s).ids})
     size = len(sgd_run.batch(1).ids)
-    expected = tracin(library, sgd_run, layers)[result.train.values]
+    expected = tracin(library, sgd_run, layers)[result.train.values.tolist()]
     close(-size * result.kernel, expected, 1e-10)
     assert not result.regularization.any()
 

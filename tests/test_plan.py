@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import explaind_core as explaind
-from explaind_core.errors import LayerError, QuestionError
 from explaind_core.budget import parse_memory
+from explaind_core.errors import LayerError, QuestionError
 from explaind_core.question import Question
 from explaind_core.run import Run
 from explaind_core.testing import record_example

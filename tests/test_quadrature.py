@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import explaind_core as explaind
-from explaind_core.quadrature import Quadrature
 from explaind_core.errors import QuestionError
-from explaind_core.quadrature import gauss_legendre
+from explaind_core.quadrature import Quadrature, gauss_legendre
 from explaind_core.run import Run
 from explaind_core.testing import record_example
 
