@@ -16,10 +16,12 @@ from explaind_core.hookspecs import hookimpl
 from explaind_core.inferred import InferredRule
 from explaind_core.outputs import Activation, Chosen, Function, LogProbabilities, Loss, Output, Outputs
 from explaind_core.plan import Plan, plan
+from explaind_core.rankings import by_parameter, parameter_importance, top_samples
 from explaind_core.recorder import Recorder
 from explaind_core.restrictions import Sample
 from explaind_core.run import Run, open_run
 from explaind_core.scores import importance, relative_regularization, spread_residual
+from explaind_core.similarity import similarity
 from explaind_core.verify import Verification, verify
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "Verification",
     "attribute",
     "attribute_checkpoints",
+    "by_parameter",
     "closure_error",
     "decompose",
     "errors",
@@ -49,9 +52,12 @@ __all__ = [
     "importance",
     "open_run",
     "operators",
+    "parameter_importance",
     "plan",
     "relative_regularization",
+    "similarity",
     "spread_residual",
+    "top_samples",
     "verify",
 ]
 

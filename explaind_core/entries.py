@@ -7,20 +7,18 @@ They take (entries) x (parameters asked for) numbers a filter state: the adjoint
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from explaind_core.coefficients import FilterState
-from explaind_core.decompose import StepDecomposition
+from explaind_core.decompose import StepDecomposition, decompose
 from explaind_core.errors import ExplaindError, RecordingError
 from explaind_core.operators import apply_each
 from explaind_core.question import Question
 from explaind_core.recorded import FLAT, split_flat, to_dense
 from explaind_core.sample_gradients import SampleGradients
 
-__all__ = ["EntryFeatures", "samples_of"]
+__all__ = ["EntryFeatures", "horizon", "samples_of"]
 
 
 def samples_of(question: Question, split: StepDecomposition, names: list[str]) -> tuple[SampleGradients, float]:
@@ -68,9 +66,10 @@ class EntryFeatures:
 
     Args:
         question: the question. names: the parameters whose features are wanted.
+        others: whether what is not asked for is wanted, too, where there is something.
     """
 
-    def __init__(self, question: Question, names: list[str]) -> None:
+    def __init__(self, question: Question, names: list[str], *, others: bool = True) -> None:
         self.question = question
         self.names = names
         keep = question.keep
@@ -80,7 +79,8 @@ class EntryFeatures:
             len(question.train.labels) if question.train is not None and "train" in keep else 1,
         )
         self.asked = self.shape[0] * self.shape[1]
-        self.count = self.asked + question.restricts_gradients
+        self.others = others and question.restricts_gradients
+        self.count = self.asked + self.others
         self._states: dict[str, FilterState] = {}
 
     def advance(self, split: StepDecomposition) -> dict[str, Tensor]:
@@ -115,6 +115,8 @@ class EntryFeatures:
         fed = {n: t.new_zeros((self.count, *t.shape)) for n, t in like.items()}
         train, asked = self.question.train, split.step in self.steps
         row = self.steps.get(split.step, 0) * self.shape[1] if self.shape[0] > 1 else 0
+        if not asked and not self.others:
+            return fed
         if not asked or train is None:
             place = row if asked else self.count - 1
             for n in names:
@@ -125,19 +127,43 @@ class EntryFeatures:
         positions = train.positions(samples.ids)
         if self.shape[1] == 1:  # not told apart
             positions = torch.where(positions >= 0, torch.zeros_like(positions), positions)
-        places = torch.where(positions >= 0, positions + row, torch.full_like(positions, self.count - 1))
-        present = torch.unique(places)
+        places = torch.where(positions >= 0, positions + row, self.count - 1 if self.others else -1)
+        present = torch.unique(places[places >= 0])
+        if not len(present):
+            return fed
         if 4 * len(present) <= len(places):  # few groups: one backward pass each
             weights = (places == present[:, None]).to(next(iter(fed.values())).dtype) * scale
             for n, g in samples.weighted(weights).items():
                 fed[n][present] = g.cpu()
             return fed
-        for part, gradients in samples.chunks():
+        for part, gradients in samples.chunks(places >= 0):
+            here = places[part]
+            wanted = here >= 0
             for n, g in gradients.items():
-                fed[n].index_add_(0, places[part], g.cpu() * scale)
+                fed[n].index_add_(0, here[wanted], (g.cpu() if bool(wanted.all()) else g.cpu()[wanted]) * scale)
         return fed
 
 
-def stacked(features: Mapping[str, Tensor], entry: int) -> dict[str, Tensor]:
-    """One entry's features by parameter name."""
-    return {n: h[entry] for n, h in features.items()}
+def horizon(question: Question) -> int:
+    """The first step whose gradient still matters, to rounding, at the first step explained.
+
+    With one filter state a gradient's weight shrinks by ``|A_s|`` a step; where filters have more, or operators for
+    coefficients, every step matters.
+    """
+    first = question.steps[0]
+    shrinking: list[float] = []
+    known: set[str] = set()
+    for split in decompose(question.run, last=first - 1) if first > 1 else ():
+        factors = [0.0]
+        for declared in split.coefficients.values():
+            plain = all(isinstance(a, float) for row in declared.filter.A for a in row)
+            factors.append(abs(declared.filter.A[0][0]) if declared.filter.order == 1 and plain else 1.0)  # type: ignore[arg-type]
+        known |= split.coefficients.keys()
+        # A parameter without gradient forgets nothing.
+        shrinking.append(max(factors) if len(split.coefficients) == len(known) else 1.0)
+    left, step = 1.0, first
+    bound = torch.finfo(question.function.dtype).eps / first
+    while step > 1 and left > bound:
+        step -= 1
+        left *= shrinking[step - 1]
+    return step

@@ -153,13 +153,21 @@ class ExplainedFunction:
 
     # ------------------------------------------------------------------ reverse mode
     def jacobian(
-        self, theta: Parameters, names: Sequence[str], block: slice, *, sum_test: bool, sum_outputs: bool
+        self,
+        theta: Parameters,
+        names: Sequence[str],
+        block: slice,
+        *,
+        sum_test: bool,
+        sum_outputs: bool,
+        columns: slice = slice(None),
     ) -> dict[str, Tensor]:
         """``df / dtheta`` of a block of test samples, by backward passes, with respect to a few parameters.
 
         Args:
             names: the parameters; the others are held constant. block: which test samples.
             sum_test, sum_outputs: sum over this axis before differentiating, which costs a row the less.
+            columns: of which outputs, all by default.
 
         Returns:
             Parameter name -> ``[n or 1, J or 1, *shape]`` in the model's dtype, on its device.
@@ -168,22 +176,28 @@ class ExplainedFunction:
         point = {n: theta[n] for n in names}
         with differentiable_kernels():
             if sum_test:
-                first, *others = [self._pulled_sum(theta, point, piece, sum_outputs) for piece in self.pieces(block)]
+                first, *others = [
+                    self._pulled_sum(theta, point, piece, sum_outputs, columns) for piece in self.pieces(block)
+                ]
                 return {n: sum((other[n] for other in others), first[n]) for n in names}
-            return self._pulled_rows(theta, point, block, sum_outputs)
+            return self._pulled_rows(theta, point, block, sum_outputs, columns)
 
-    def _pulled_sum(self, theta: Parameters, point: Parameters, piece: slice, sum_outputs: bool) -> dict[str, Tensor]:
+    def _pulled_sum(
+        self, theta: Parameters, point: Parameters, piece: slice, sum_outputs: bool, columns: slice
+    ) -> dict[str, Tensor]:
         def summed(p: Parameters) -> Tensor:
             values = self._evaluate({**theta, **p}, piece).sum(0)
-            return values.sum(0, keepdim=True) if sum_outputs else values
+            return values.sum(0, keepdim=True) if sum_outputs else values[columns]
 
         return {n: g.unsqueeze(0) for n, g in self._pull(summed, point).items()}
 
-    def _pulled_rows(self, theta: Parameters, point: Parameters, block: slice, sum_outputs: bool) -> dict[str, Tensor]:
+    def _pulled_rows(
+        self, theta: Parameters, point: Parameters, block: slice, sum_outputs: bool, columns: slice
+    ) -> dict[str, Tensor]:
         def one(row: Tensor) -> dict[str, Tensor]:
             def values(p: Parameters) -> Tensor:
                 found = self._evaluate_rows({**theta, **p}, row.reshape(1), 1)[0]
-                return found.sum(0, keepdim=True) if sum_outputs else found
+                return found.sum(0, keepdim=True) if sum_outputs else found[columns]
 
             return self._pull(values, point)
 

@@ -40,7 +40,7 @@ class Sample:
 
     Example:
         >>> Sample(3, seed=1).draw(range(1, 11), "steps")
-        [4, 6, 7]
+        [2, 6, 7]
     """
 
     size: int

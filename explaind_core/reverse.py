@@ -38,6 +38,7 @@ def feature_map(
     names: list[str],
     block: slice,
     points: Points,
+    columns: slice = slice(None),
 ) -> dict[str, Tensor]:
     """``phi(x) = sum_j w_j df/dtheta(before + t_j (after - before); x)``: name -> ``[n', J', *shape]``."""
     function = question.function
@@ -45,7 +46,12 @@ def feature_map(
     for t, weight in points:
         point = {n: torch.lerp(before[n], after[n], t) for n in before}
         gradients = function.jacobian(
-            point, names, block, sum_test=not question.keeps("test"), sum_outputs=not question.keeps("output")
+            point,
+            names,
+            block,
+            sum_test=not question.keeps("test"),
+            sum_outputs=not question.keeps("output"),
+            columns=columns,
         )
         for n, g in gradients.items():
             part = g.cpu() if weight == 1 else g.cpu() * weight

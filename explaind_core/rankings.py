@@ -1,0 +1,144 @@
+"""The training samples that matter most to a prediction, and the parameters that matter most to all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from explaind_core.attribute import answer
+from explaind_core.errors import QuestionError
+from explaind_core.progress import track
+from explaind_core.question import Question
+from explaind_core.results import Frame
+from explaind_core.run import ParameterInfo, Run
+
+__all__ = ["by_parameter", "parameter_importance", "top_samples"]
+
+_ORDERS = {"absolute": np.abs, "positive": np.asarray, "negative": np.negative}
+
+
+def top_samples(result: xr.Dataset, k: int = 10, *, by: str = "absolute") -> xr.Dataset:
+    """The k entries of the train axis that added most, for everything else that the result keeps.
+
+    Args:
+        result: of :func:`explaind_core.attribute`, with ``train`` kept.
+        k: how many. by: ``"absolute"`` size, or the most ``"positive"`` or ``"negative"`` contributions.
+
+    Returns:
+        ``sample`` (the label) and ``influence`` (what it added, in units of the output) over (..., rank); ties go to the
+        entry that comes first.
+
+    Raises:
+        QuestionError: the result does not keep ``train``, has fewer than k entries, or there is no such order.
+
+    Example:
+        >>> kernel = xr.DataArray([[0.5, -2.0, 1.0]], dims=("test", "train"), coords={"train": [7, 8, 9]})
+        >>> top_samples(xr.Dataset({"kernel": kernel}), 2).sample.values
+        array([[8, 9]])
+    """
+    if "train" not in result.kernel.dims:
+        raise QuestionError(
+            "the result does not tell training samples apart",
+            where="keep",
+            expected="'train' among the kept axes",
+            got=result.kernel.dims,
+        )
+    if by not in _ORDERS or not 1 <= k <= result.sizes["train"]:
+        raise QuestionError(
+            "there is no such ranking",
+            where="by, k",
+            expected=f"by one of {list(_ORDERS)}, k within 1..{result.sizes['train']}",
+            got=(by, k),
+        )
+    values = result.kernel.transpose(..., "train")
+    order = np.argsort(-_ORDERS[by](values.values), axis=-1, kind="stable")[..., :k]
+    dims = (*values.dims[:-1], "rank")
+    return xr.Dataset(
+        {
+            "sample": (dims, values.train.values[order]),
+            "influence": (dims, np.take_along_axis(values.values, order, -1)),
+        },
+        coords={name: values.coords[name] for name in values.dims[:-1] if name in values.coords},
+        attrs={"ranked_by": by},
+    )
+
+
+def parameter_importance(run: Run, inputs: Any, *, progress: bool = True, **question: Any) -> xr.Dataset:
+    """How much every single parameter mattered: ``sum over x, j | sum over s of its influence on f(x)_j |``.
+
+    Accumulated importance (paper, Definition 4.2) at the finest granularity: the score by which section 4.2 prunes.
+    Test samples are worked off in blocks, so that nothing larger than the memory budget is held.
+
+    Args:
+        run, inputs: as for :func:`explaind_core.attribute`, as are the arguments in ``question`` (output, steps, train,
+            layers, test, nodes, tolerance, memory, ...).
+        progress: show a bar over the blocks.
+
+    Returns:
+        ``kernel`` and ``regularization`` over ``parameter``, float64; see :func:`by_parameter`.
+
+    Raises:
+        QuestionError: as ``attribute``, or ``keep`` is given.
+
+    Example:
+        >>> import torch
+        >>> from explaind_core.testing import record_example
+        >>> scores = parameter_importance(record_example(2), torch.ones(2, 4, dtype=torch.float64), progress=False)
+        >>> dict(scores.kernel.sizes), bool((scores.kernel >= 0).all())
+        ({'parameter': 43}, True)
+    """
+    if "keep" in question:
+        raise QuestionError("the importance of parameters keeps the parameter axis", where="keep", got=question["keep"])
+    asked = Question.ask(run, inputs, keep=("parameter", "test", "output"), **question)
+    outputs = Frame(asked).outputs
+    samples = asked.function.samples
+    one = asked.result_bytes(outputs) // samples
+    size = max(1, min(samples, asked.memory // 4 // one))
+    rows = asked.function.rows.tolist()
+    blocks = [rows[a : a + size] for a in range(0, samples, size)]
+    total: xr.Dataset | None = None
+    for block in track(blocks, len(blocks), "importance of parameters", enabled=progress):
+        part = Question.ask(run, inputs, keep=("parameter", "test", "output"), **question | {"test": block})
+        result = answer(replace(part, memory=max(part.memory, part.result_bytes(outputs))), progress=False)
+        names = [n for n in ("kernel", "regularization", "prehistory") if n in result]
+        scores = abs(result[names]).sum(("test", "output"))
+        total = scores if total is None else total + scores
+    assert total is not None
+    return total.assign_attrs({**result.attrs, "score": "accumulated importance (Definition 4.2) of single parameters"})
+
+
+def by_parameter(values: xr.DataArray, parameters: Mapping[str, ParameterInfo]) -> dict[str, np.ndarray[Any, Any]]:
+    """Values along the parameter axis, put back into tensors of the parameters' shapes.
+
+    Args:
+        values: with a ``parameter`` axis. parameters: ``run.parameters``.
+
+    Returns:
+        Parameter name -> ``[*other axes, *shape]``, NaN where a restriction left entries out; a tensor of which nothing
+        was asked for has no entry.
+
+    Example:
+        >>> import torch
+        >>> info = {"w": ParameterInfo(torch.Size([2, 2]), torch.float32, True)}
+        >>> by_parameter(xr.DataArray([1.0, 2.0], dims="parameter", coords={"parameter": [0, 3]}), info)["w"]
+        array([[ 1., nan],
+               [nan,  2.]])
+    """
+    if "parameter" not in values.dims:
+        raise QuestionError("there is no parameter axis", expected="'parameter' among the axes", got=values.dims)
+    last = values.transpose(..., "parameter")
+    positions, flat = last.parameter.values, last.values
+    found, start = {}, 0
+    for name, info in parameters.items():
+        size = info.shape.numel()
+        inside = (positions >= start) & (positions < start + size)
+        if inside.any():
+            tensor = np.full((*flat.shape[:-1], size), np.nan)
+            tensor[..., positions[inside] - start] = flat[..., inside]
+            found[name] = tensor.reshape(*flat.shape[:-1], *info.shape)
+        start += size
+    return found
