@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from explaind_core.run import ParameterInfo, Run
 
 __all__ = ["by_parameter", "parameter_importance", "top_samples"]
 
-_ORDERS = {"absolute": np.abs, "positive": np.asarray, "negative": np.negative}
+_ORDERS: dict[str, Callable[[Any], Any]] = {"absolute": np.abs, "positive": np.asarray, "negative": np.negative}
 
 
 def top_samples(result: xr.Dataset, k: int = 10, *, by: str = "absolute") -> xr.Dataset:
@@ -29,8 +29,8 @@ def top_samples(result: xr.Dataset, k: int = 10, *, by: str = "absolute") -> xr.
         k: how many. by: ``"absolute"`` size, or the most ``"positive"`` or ``"negative"`` contributions.
 
     Returns:
-        ``sample`` (the label) and ``influence`` (what it added, in units of the output) over (..., rank); ties go to the
-        entry that comes first.
+        ``sample`` (the label) and ``influence`` (what it added, in units of the output) over (..., rank); ties go
+        to the entry that comes first.
 
     Raises:
         QuestionError: the result does not keep ``train``, has fewer than k entries, or there is no such order.
