@@ -37,7 +37,7 @@ from explaind_core.stepwise import finite_values
 from explaind_core.tape import Tape
 from explaind_core.windows import Contribution, Places, WindowSum
 
-__all__ = ["Adjoint"]
+__all__ = ["Adjoint", "State"]
 
 FeatureMap = dict[str, Tensor]
 #: What every step's gradient is worth to a window: by layer, parameter name -> ``[R, *shape]``.
@@ -45,7 +45,7 @@ Worth = list[dict[str, Tensor]]
 
 
 @dataclass
-class _State:
+class State:
     """One window's adjoint states: (position of the layer, unit) -> z, each ``[R, *shape]``."""
 
     z: dict[tuple[int, str], FilterState] = field(default_factory=dict)
@@ -60,7 +60,8 @@ class Adjoint:
     """Answers a question for a block of test samples, walking back along the tape once.
 
     Args:
-        question: the question. tape: of its run, up to its last step. block: the test samples. outputs: J.
+        question: the question. tape: of its run, up to its last step (None to try single steps).
+        block: the test samples. outputs: J.
         scale: what the quadrature's tolerance is a fraction of.
         method: ``"materialised"`` or ``"directional"``: how gradients of samples are multiplied.
     """
@@ -68,7 +69,7 @@ class Adjoint:
     def __init__(
         self,
         question: Question,
-        tape: Tape,
+        tape: Tape | None,
         block: slice,
         outputs: int,
         scale: float,
@@ -82,7 +83,7 @@ class Adjoint:
         self.ends = {segment.steps[-1]: segment for segment in question.segments}
         self.inside = {s: segment for segment in question.segments for s in segment.steps}
         self.row_of = {s: n for n, s in enumerate(question.gradient_steps)}
-        self.alive: dict[int, _State] = {}
+        self.alive: dict[int, State] = {}
         #: Window -> the step below which what is left of its states is smaller than rounding, and was dropped.
         self.dropped: dict[int, int] = {}
         self.rung = 0
@@ -92,18 +93,19 @@ class Adjoint:
         segment: Segment | None = None
         phi: FeatureMap = {}
         edges: dict[int, tuple[Tensor, Tensor]] = {}
+        assert self.tape is not None
         for split in self.tape.backwards():
             s = split.step
             if s in self.ends:
                 segment = self.ends[s]
                 phi, edges[s] = self._feature_map(segment, split)
-                self.alive.setdefault(segment.window, _State())
+                self.alive.setdefault(segment.window, State())
             inside = segment is not None and s in segment.steps
             if inside and segment is not None:
                 self._add_plain_terms(segment, split, phi)
             if self.alive:
-                worth = self._advance(split, segment.window if inside and segment is not None else None, phi)
-                self._add_kernel(split, worth)
+                worth = self.advance(split, segment.window if inside and segment is not None else None, phi)
+                self.add_kernel(split, worth)
                 self._drop(s)
             advanced(1)
             if not self.alive and s <= self.question.steps[0]:
@@ -169,7 +171,7 @@ class Adjoint:
             last = after
 
     # ------------------------------------------------------------------ back in time
-    def _advance(self, split: StepDecomposition, window: int | None, phi: FeatureMap) -> dict[int, Worth]:
+    def advance(self, split: StepDecomposition, window: int | None, phi: FeatureMap) -> dict[int, Worth]:
         """What this step's gradient is worth to every window; the states move to the step before."""
         flat = FLAT in split.coefficients
         order = list(split.updates)
@@ -230,7 +232,8 @@ class Adjoint:
                 del self.alive[w]
 
     # ------------------------------------------------------------------ the training side
-    def _add_kernel(self, split: StepDecomposition, worth: dict[int, Worth]) -> None:
+    def add_kernel(self, split: StepDecomposition, worth: dict[int, Worth]) -> None:
+        """Multiply this step's gradient, or its samples' gradients, with what they are worth."""
         question = self.question
         gradients = {n: to_dense(g) for n, g in split.gradients.items()}
         row = self.row_of.get(split.step)
@@ -316,7 +319,7 @@ class Adjoint:
                 total.omitted -= value.reshape(self._edge())
 
 
-def _step_back(state: _State, key: tuple[int, str], declared: StepCoefficients, asked: Tensor | None) -> Tensor | None:
+def _step_back(state: State, key: tuple[int, str], declared: StepCoefficients, asked: Tensor | None) -> Tensor | None:
     """``a_s`` of one layer and unit, None where nothing is asked of it; moves z to the step before."""
     z = state.z.get(key, ())
     if asked is None and not z:

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
+from explaind_core.adjoint import Adjoint, State
 from explaind_core.budget import readable_size
 from explaind_core.contract import term_names
+from explaind_core.decompose import Decomposer, StepDecomposition
+from explaind_core.entries import EntryFeatures
 from explaind_core.question import Question
 from explaind_core.results import Frame
+from explaind_core.reverse import feature_map, products
 from explaind_core.run import Run
-from explaind_core.strategy import choose
+from explaind_core.strategy import Choice, choose
+from explaind_core.windows import Places, WindowSum
 
 __all__ = ["Plan", "plan"]
+
+#: Nodes a step that are guessed where their number is chosen step by step.
+_GUESSED_NODES = 2.0
+#: Test samples that a backward pass is timed with.
+_PROBED = 64
 
 
 @dataclass(frozen=True)
@@ -21,12 +36,13 @@ class Plan:
     """What an attribution would do.
 
     Attributes:
-        strategy: see :mod:`explaind_core.strategy`.
-        steps, tangents, nodes: how many steps, derivatives per node, nodes per step (adaptive: a guess of 2).
+        strategy: see :mod:`explaind_core.strategy`. steps: how many are explained, or chords of them.
+        tangents, nodes: derivatives per node (backward: rows per test sample), nodes per step (adaptive: a guess of 2).
         chunks: into how many pieces the test samples are cut. passes: walks over the run.
-        seconds: estimated time, from timing this machine now.
+        gradient_steps: steps whose samples' gradients are needed, 0 where the recorded update is enough.
+        seconds: estimated time, from timing pieces of the work on this machine now.
         result_bytes: what the result takes. peak_bytes: what is held at most, the result included.
-        fits: whether that is within the memory budget.
+        fits: whether the result is within the memory budget (what is held besides is cut to fit).
     """
 
     strategy: str
@@ -35,15 +51,19 @@ class Plan:
     nodes: float
     chunks: int
     passes: int
+    gradient_steps: int
     seconds: float
     result_bytes: int
     peak_bytes: int
     fits: bool
 
     def __str__(self) -> str:
+        what = "tangents" if self.strategy == "forward" else "rows per test sample"
+        gradients = f"; gradients of samples at {self.gradient_steps} steps" if self.gradient_steps else ""
         return (
-            f"{self.strategy} mode: {self.steps} steps x {self.nodes:g} nodes x {self.tangents} tangents, "
-            f"{self.chunks} chunk(s) of test samples; about {self.seconds:.0f} s and "
+            f"{self.strategy} mode: {self.steps} steps x {self.nodes:g} nodes x {self.tangents} {what}, "
+            f"{self.chunks} chunk(s) of test samples, {self.passes} pass(es) over the run{gradients}; about "
+            f"{self.seconds:.0f} s, {readable_size(self.peak_bytes)} at most, of which "
             f"{readable_size(self.result_bytes)} for the result"
             + ("" if self.fits else ", MORE than the memory budget")
         )
@@ -52,7 +72,8 @@ class Plan:
 def plan(run: Run, inputs: Any, **question: Any) -> Plan:
     """What :func:`explaind_core.attribute` would do with the same arguments, without doing it.
 
-    One node of the last step is timed for the estimate; an adaptive question is guessed at 2 nodes a step.
+    The first two steps of the run are replayed, and one piece of each kind of work is timed on them; an adaptive
+    question is guessed at 2 nodes a step.
 
     Raises:
         QuestionError, LayerError: as ``attribute`` would.
@@ -63,32 +84,161 @@ def plan(run: Run, inputs: Any, **question: Any) -> Plan:
         >>> plan(record_example(steps=3), torch.zeros(2, 4, dtype=torch.float64), nodes=1).steps
         3
     """
+    question.pop("progress", None)
+    question.pop("out", None)
     asked = Question.ask(run, inputs, **question)
     frame = Frame(asked)
     choice = choose(asked, frame.outputs)
-    function, theta = asked.function, run.theta(asked.steps[-1])
-    terms = term_names(run)
-
-    def one_node() -> None:
-        for layer in asked.layers:
-            share = layer.share({n: t.double() for n, t in theta.items()})
-            function.derivatives(theta, [share] * len(terms))
-
-    one_node()  # the first call pays for tracing
-    start = time.perf_counter()
-    one_node()
-    per_node = time.perf_counter() - start
-    nodes = 2.0 if asked.quadrature.adaptive else float(asked.quadrature.ladder[0])
+    nodes = _GUESSED_NODES if asked.quadrature.adaptive else float(asked.quadrature.ladder[0])
+    held = _peak()
+    probe = _Probe(asked, choice, frame.outputs, nodes)
+    seconds, gradient_steps = probe.seconds()
+    grown = max(0, _peak() - held)
     result = asked.result_bytes(frame.outputs)
+    names, layers = term_names(run), len(asked.layers)
+    forward = choice.strategy == "forward"
     return Plan(
         strategy=choice.strategy,
-        steps=len(asked.steps),
-        tangents=len(asked.layers) * len(terms) + (asked.rest is not None),
+        steps=len(asked.segments),
+        tangents=layers * len(names) + (asked.rest is not None)
+        if forward
+        else frame.outputs
+        if asked.keeps("output")
+        else 1,
         nodes=nodes,
-        chunks=len(function.chunks),
+        chunks=len(asked.function.chunks),
         passes=choice.passes,
-        seconds=per_node * nodes * len(asked.steps),
+        gradient_steps=gradient_steps,
+        seconds=seconds,
         result_bytes=result,
-        peak_bytes=result + choice.working_bytes + choice.base_bytes,
+        # A probe that grew the process holds one step's share of the work, and what the model itself needs.
+        peak_bytes=result + choice.base_bytes + max(choice.working_bytes, grown),
         fits=result <= asked.memory,
     )
+
+
+def _peak() -> int:
+    """The most memory that this process ever held; 0 where the system does not tell."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class _Probe:
+    """Times one piece of each kind of work that a question needs."""
+
+    def __init__(self, question: Question, choice: Choice, outputs: int, nodes: float) -> None:
+        self.question, self.choice, self.outputs, self.nodes = question, choice, outputs, nodes
+        self.places = Places(question)
+        decomposer = Decomposer(question.run)
+        steps = decomposer.steps(until=min(2, len(question.run.steps)))
+        self.split: StepDecomposition = next(steps)
+        self.replay = 0.0
+        start = time.perf_counter()
+        for split in steps:  # the second is the typical one: the first pays for what is made once
+            self.split, self.replay = split, time.perf_counter() - start
+        self.names = term_names(question.run)
+
+    def seconds(self) -> tuple[float, int]:
+        """The estimate; and at how many steps gradients of samples are needed."""
+        question = self.question
+        last, segments = question.steps[-1], len(question.segments)
+        values = _timed(lambda: question.function.values(self.split.theta))
+        total = self.replay * last + values * segments
+        if self.choice.strategy == "adjoint":
+            return self._adjoint(total)
+        samples = 0
+        if question.splits_gradients:
+            samples = last - self._first_needed(question.steps[0]) + 1
+            entries = EntryFeatures(question, self.places.names)
+            total += samples * _timed(lambda: entries.advance(self.split))
+        if self.choice.strategy == "forward":
+            return total + self.nodes * segments * self._tangents(), samples
+        features = EntryFeatures(question, self.places.names).advance(self.split) if samples else None
+        size = self._size()
+        shapes = {n: t.shape for n, t in WindowSum(question, 0, self.outputs, self.names, size).terms.items()}
+        points = question.quadrature.points(1)
+        small = replace(question, rest=None)
+        one = _timed(
+            lambda: products(small, self.places, self.split, self.names, features, [slice(0, size)], points, shapes)
+        )
+        return total + self.nodes * segments * one * self._blocks(size), samples
+
+    def _size(self) -> int:
+        samples = self.question.function.samples
+        return min(samples, _PROBED) if self.question.keeps("test") else samples
+
+    def _blocks(self, size: int) -> float:
+        return self.question.function.samples / size
+
+    def _tangents(self) -> float:
+        """One node of forward mode, for all layers, terms and entries."""
+        function, theta = self.question.function, self.split.theta
+        count = len(self.names)
+        if self.question.splits_gradients:
+            count += EntryFeatures(self.question, self.places.names).count - 1
+
+        def node() -> None:
+            for layer in self.question.layers:
+                share = layer.share({n: t.double() for n, t in theta.items()})
+                function.derivatives(theta, [share] * count)
+
+        return _timed(node)
+
+    def _first_needed(self, first: int) -> int:
+        """From which step on gradients matter, to rounding, at step ``first``, if all steps shrink them alike."""
+        factors = [0.0]
+        for declared in self.split.coefficients.values():
+            a = declared.filter.A[0][0] if declared.filter.order == 1 else 1.0
+            factors.append(abs(a) if isinstance(a, float) else 1.0 if declared.filter.order else 0.0)
+        factor = max(factors)
+        if factor >= 1:
+            return 1
+        if factor == 0:
+            return first
+        needed = math.log(torch.finfo(self.question.function.dtype).eps / first) / math.log(factor)
+        return max(1, first - math.ceil(needed))
+
+    def _adjoint(self, replay: float) -> tuple[float, int]:
+        question, rows = self.question, self.choice.rows
+        block = slice(0, rows)
+        size = min(rows, _PROBED) if question.keeps("test") else rows
+        points = question.quadrature.points(1)
+
+        def phi(stop: int) -> dict[str, torch.Tensor]:
+            found = feature_map(
+                question, self.split.theta_before, self.split.theta, self.places.names, slice(0, stop), points
+            )
+            return {n: g.flatten(0, 1) for n, g in found.items()}
+
+        per_map = _timed(lambda: phi(size)) * rows / size
+        adjoint = Adjoint(question, None, block, self.outputs, 1.0, method=self.choice.method)
+        typical = phi(size)
+        filled = {n: g.repeat_interleave(-(-rows // size), 0)[: len(g) * rows // size] for n, g in typical.items()}
+
+        def one_step() -> None:
+            adjoint.alive = {0: State()}
+            worth = adjoint.advance(self.split, 0, filled)
+            adjoint.add_kernel(self.split, worth)
+
+        per_step = _timed(one_step)
+        needed, work = set[int](), 0
+        for window in question.windows:
+            first, last = self._first_needed(window.steps[0]), window.steps[-1]
+            needed |= set(range(first, last + 1))
+            work += last - first + 1
+        # Several windows at a step share the samples' gradients, of which most of the time is made.
+        shared = len(needed) + 0.25 * (work - len(needed))
+        each = self.nodes * per_map * len(question.segments) + per_step * shared + replay
+        return replay + self.choice.passes * each, len(needed) if question.train is not None else 0
+
+
+def _timed(function: Callable[[], object]) -> float:
+    """Seconds of the second call: the first pays for tracing."""
+    function()
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
