@@ -226,7 +226,7 @@ class Adjoint:
             if s > self.question.windows[w].steps[0]:
                 continue
             size = state.size()
-            if size <= eps * state.peak / max(s, 1):
+            if size <= eps * state.peak:
                 if size > 0 and s > 1:
                     self.dropped[w] = s
                 del self.alive[w]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,10 +177,18 @@ def _backwards(frame: Frame, choice: Choice, done: int, progress: bool) -> Itera
                 adjoint = Adjoint(question, tape, block, frame.outputs, frame.scale, method=choice.method)
                 parts = adjoint.run(advance)
                 if adjoint.dropped:
-                    question.facts["tail_dropped"] = "below rounding before step " + ", ".join(
-                        f"{s} (window {question.windows[w].name})" for w, s in sorted(adjoint.dropped.items())
-                    )
+                    question.facts["tail_dropped"] = _tails(question, adjoint.dropped)
                 yield block, parts
+
+
+def _tails(question: Question, dropped: Mapping[int, int]) -> str:
+    """Before which steps the states of windows were dropped."""
+    if len(dropped) > 4:  # one by one where steps are kept: that says nothing more
+        spans = [question.windows[w].steps[0] - s for w, s in dropped.items()]
+        return f"below rounding, {min(spans)} to {max(spans)} steps before each of {len(dropped)} windows"
+    return "below rounding before step " + ", ".join(
+        f"{s} (window {question.windows[w].name})" for w, s in sorted(dropped.items())
+    )
 
 
 def _to_zarr(frame: Frame, choice: Choice, path: Path, progress: bool) -> xr.Dataset:

@@ -75,34 +75,69 @@ def attribute(
     run: RunPath,
     model: ModelName,
     inputs: InputFile,
-    out: Annotated[Path, typer.Option(help="the result, a zarr folder; an interrupted call continues there")],
-    keep: Annotated[str, typer.Option(help="axes to keep")] = "step,layer,test,output",
+    out: Annotated[
+        Path | None, typer.Option(help="the result, a zarr folder; an interrupted call continues there")
+    ] = None,
+    keep: Annotated[
+        str, typer.Option(help="axes to keep, of step, gradient_step, layer, parameter, train, test, output")
+    ] = "step,layer,test,output",
+    steps: Annotated[
+        str | None, typer.Option(help="701:751 (the last left out), 1,5,9, or windows: a=200:250,b=450:500")
+    ] = None,
+    gradient_steps: Annotated[str | None, typer.Option(help="whose gradients count: 1:200, or 1,5,9")] = None,
+    train: Annotated[
+        str | None, typer.Option(help="ids of training samples: 0:100, 1,5,9, or groups: a=0:100,b=100:200")
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="module prefixes, separated by commas")] = None,
-    nodes: Nodes = "adaptive",
+    test: Annotated[str | None, typer.Option(help="rows of the inputs: 0:10, or 1,5,9")] = None,
+    nodes: Annotated[str, typer.Option(help="quadrature nodes per step, 'adaptive' or 'left'")] = "adaptive",
     tolerance: float = 1e-3,
+    strategy: Annotated[
+        str | None, typer.Option(help="forward, reverse, features or adjoint; the cheapest by default")
+    ] = None,
+    memory: Annotated[str, typer.Option(help="the most to hold at a time")] = "4GiB",
+    plan: Annotated[
+        bool, typer.Option("--plan", help="say what would be done and stop; 1 if the result exceeds --memory")
+    ] = False,
 ) -> None:
-    """Split predictions by step, layer and term; 0 if the result closes to 1e-4 of the largest output."""
+    """Split predictions along the kept axes; 0 if the result closes to 1e-4 of the largest output."""
     import explaind_core as explaind
+    from explaind_core.attribute import answer
+    from explaind_core.question import Question
+    from explaind_core.results import Frame
+    from explaind_core.strategy import choose
 
-    axes = tuple(axis for axis in keep.split(",") if axis)
-    if "step" not in axes and out.exists():
+    if out is None and not plan:
+        raise QuestionError("it is not said where to write", where="--out", remedy="name a folder, or say --plan")
+    question: dict[str, Any] = {
+        "keep": tuple(axis for axis in keep.split(",") if axis),
+        "steps": _selection(steps, "--steps"),
+        "gradient_steps": _selection(gradient_steps, "--gradient-steps"),
+        "train": _selection(train, "--train"),
+        "layers": layers.split(",") if layers else None,
+        "test": _selection(test, "--test"),
+        "nodes": _nodes(nodes),
+        "tolerance": tolerance,
+        "strategy": strategy,
+        "memory": memory,
+    }
+    opened, samples = explaind.open_run(run, model=_model(model)), _inputs(inputs)
+    if out is None or plan:
+        planned = explaind.plan(opened, samples, **question)
+        console.print(str(planned), markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(0 if planned.fits else 1)
+    asked = Question.ask(opened, samples, **question)
+    # The axis along which a result can be written while it is computed; without it, it is written in one go.
+    axis = "test" if choose(asked, Frame(asked).outputs).strategy == "adjoint" else "step"
+    if not asked.keeps(axis) and out.exists():
         raise QuestionError(
             "there is something at --out already",
             where=out,
-            expected="a new path, for a result without the step axis is written in one go",
+            expected=f"a new path, for a result without the {axis} axis is written in one go",
             remedy="choose another path, or delete it",
         )
-    opened = explaind.open_run(run, model=_model(model))
-    result = explaind.attribute(
-        opened,
-        _inputs(inputs),
-        keep=axes,
-        layers=layers.split(",") if layers else None,
-        nodes=_nodes(nodes),
-        tolerance=tolerance,
-        out=out if "step" in axes else None,
-    )
-    if "step" not in axes:
+    result = answer(asked, out=out if asked.keeps(axis) else None)
+    if not asked.keeps(axis):
         result.to_zarr(out, mode="w-", zarr_format=2, consolidated=False)
     closure = explaind.closure_error(result) / (float(abs(result.final).max()) or 1.0)
     console.print(result)
@@ -180,6 +215,43 @@ def _inputs(path: Path) -> Any:
 
 def _nodes(text: str) -> int | str:
     return int(text) if text.isdigit() else text
+
+
+def _selection(text: str | None, option: str) -> Any:
+    """``7``, ``1,5,9``, ``701:751`` or ``a=200:250,b=450:500``, as a question takes them."""
+    if text is None:
+        return None
+    parts = text.split(",")
+    if "=" not in text:
+        return _range(text, text, option) if len(parts) == 1 else [_range(p, text, option, single=True) for p in parts]
+    named: dict[str, Any] = {}
+    for part in parts:
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not name or name in named:
+            what = f"the name {name!r} is given twice" if name in named else f"{part!r} has no name"
+            raise QuestionError(what, where=option, expected="different names: a=200:250,b=450:500", got=text)
+        named[name] = _range(value, text, option)
+    return named
+
+
+def _range(part: str, text: str, option: str, *, single: bool = False) -> int | slice:
+    """A number; or ``start:stop`` or ``start:stop:step``, each of which may be left out."""
+    ends = part.split(":")
+    try:
+        if len(ends) == 1:
+            return int(part)
+        start, stop, step = (int(end) if end.strip() else None for end in [*ends, "", ""][:3])
+        if single or len(ends) > 3 or (step is not None and step < 1):
+            raise ValueError(part)
+    except ValueError as error:
+        raise QuestionError(
+            f"{part!r} is no whole number" if len(ends) == 1 or single else f"{part!r} is no range",
+            where=option,
+            expected="a number (7), numbers (1,5,9), a range (701:751, or 1:100:10; its end is left out), "
+            "or ranges with names (a=200:250,b=450:500)",
+            got=text,
+        ) from error
+    return slice(start, stop, step)
 
 
 def main() -> None:

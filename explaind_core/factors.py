@@ -91,7 +91,8 @@ class Sum(Factors):
         return self.terms.sum((0, 1))
 
     def square_norms(self) -> Tensor:
-        return self.terms.norm().square()  # without another tensor of this size
+        norm: Tensor = self.terms.norm()  # without another tensor of this size
+        return norm.square()
 
     def take(self, rows: slice) -> Sum:
         return Sum(self.terms[rows])
@@ -102,45 +103,41 @@ class Sum(Factors):
 
 @dataclass
 class Outer(Factors):
-    """``g_k = sum_t left_kt (x) right_kt``: ``[b, G, T, o]`` and ``[b, G, T, i]``, for G groups of channels."""
+    """``g_k = sum_t left_kt (x) right_kt``, a matrix: ``[b, T, o]`` and ``[b, T, i]``."""
 
     left: Tensor
     right: Tensor
-    shape: torch.Size
 
     def __len__(self) -> int:
         return len(self.left)
 
     def samples(self) -> Tensor:
-        return (self.left.transpose(2, 3) @ self.right).reshape(-1, *self.shape)
+        return self.left.transpose(1, 2) @ self.right
 
     def merged(self) -> Tensor:
-        left, right = (t.transpose(0, 1).flatten(1, 2) for t in (self.left, self.right))
-        return (left.transpose(1, 2) @ right).reshape(self.shape)
+        return self.left.flatten(0, 1).T @ self.right.flatten(0, 1)
 
     def square_norms(self) -> Tensor:
-        # As if the two sides were independent; the unfolded input of a convolution is too large for more.
-        return self.left.norm().square() * self.right.norm().square() / self.left[..., 0].numel()
+        return (self.left.square().sum(-1) * self.right.square().sum(-1)).sum()
 
     def take(self, rows: slice) -> Outer:
-        return Outer(self.left[rows], self.right[rows], self.shape)
+        return Outer(self.left[rows], self.right[rows])
 
     def plan(self, directions: int) -> tuple[bool, int]:
-        # Per entry of the tensor: T R multiplications, or T + R and the entry itself, written and read.
-        _, groups, T, o = self.left.shape
-        i, work = self.right.shape[3], T * directions
-        direct = groups == 1 and work <= min(max(o, i), T + directions + MEMORY_COST)
-        return direct, work * min(o, i) if direct else self.shape.numel()
+        # Per entry of the matrix: T R multiplications, or T + R and the entry itself, written and read.
+        (_, T, o), i = self.left.shape, self.right.shape[2]
+        work = T * directions
+        direct = work <= min(max(o, i), T + directions + MEMORY_COST)
+        return direct, work * min(o, i) if direct else o * i
 
     def direct(self, directions: Tensor) -> Tensor:
-        (b, _, T, o), i, R = self.left.shape, self.right.shape[3], len(directions)
-        matrices = directions.view(R, o, i)
+        (b, T, o), i, R = self.left.shape, self.right.shape[2], len(directions)
         # D is applied to the wider side, so that what it gives is narrow: [b T, R * narrow].
         if o <= i:
-            given, moved = self.left, self.right.reshape(b * T, i) @ matrices.permute(2, 0, 1).reshape(i, R * o)
+            given, moved = self.left, self.right.flatten(0, 1) @ directions.permute(2, 0, 1).reshape(i, R * o)
         else:
-            given, moved = self.right, self.left.reshape(b * T, o) @ matrices.permute(1, 0, 2).reshape(o, R * i)
-        return (moved.view(b, T, R, -1) * given.reshape(b, T, 1, -1)).sum((1, 3))
+            given, moved = self.right, self.left.flatten(0, 1) @ directions.permute(1, 0, 2).reshape(o, R * i)
+        return (moved.view(b, T, R, -1) * given.unsqueeze(2)).sum((1, 3))
 
 
 @dataclass
@@ -164,7 +161,8 @@ class Scatter(Factors):
         return table.index_add_(0, self.rows.flatten(), self.terms.flatten(0, 1))
 
     def square_norms(self) -> Tensor:
-        return self.terms.norm().square()  # without another tensor of this size
+        norm: Tensor = self.terms.norm()  # without another tensor of this size
+        return norm.square()
 
     def take(self, rows: slice) -> Scatter:
         return Scatter(self.rows[rows], self.terms[rows], self.count)

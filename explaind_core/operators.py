@@ -343,8 +343,12 @@ def apply_each(operator: LinearOperator, x: Tensor) -> Tensor:
         for factor in reversed(operator.factors):
             x = apply_each(factor, x)
         return x
-    if isinstance(operator, Scalar | Diagonal):  # broadcast over the stack as they are
-        return operator.apply(x).to(x.dtype)
+    if isinstance(operator, Scalar):
+        return operator.apply(x)
+    if isinstance(operator, Diagonal):  # broadcasts over the stack as it is
+        weight = operator.weight.to(x.dtype)
+        # A stack is large: it is not taken to float64, unless the weights need it.
+        return x * weight if bool(torch.isfinite(weight).all()) else operator.apply(x).to(x.dtype)
     precise = x.double()
     try:
         found: Tensor = torch.vmap(operator.apply)(precise)

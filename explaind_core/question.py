@@ -18,10 +18,10 @@ from explaind_core.layers import Layer, LayerSpec, resolve_layers
 from explaind_core.outputs import as_output
 from explaind_core.quadrature import Quadrature
 from explaind_core.restrictions import (
-    Sample,
     Segment,
     TrainEntries,
     Window,
+    drawn,
     resolve_gradient_steps,
     resolve_steps,
     resolve_test,
@@ -117,14 +117,6 @@ class Question:
         function = ExplainedFunction(
             run.model, run.buffers(), inputs, as_output(output, run.loss), chunk=chunk, rows=resolve_test(test, samples)
         )
-        notes = [
-            drawn.label(axis, of)
-            for axis, drawn, of in (
-                ("step", steps, len(run.steps)), ("gradient_step", gradient_steps, len(run.steps)),
-                ("test", test, samples), ("train", train, 0),
-            )
-            if isinstance(drawn, Sample)
-        ]  # fmt: skip
         if split and run.loss is None:
             raise QuestionError(
                 "the run's loss is not known, so gradients cannot be split by training sample",
@@ -132,12 +124,19 @@ class Question:
                 expected="a loss of torch.nn, or one that is given",
                 remedy="say open_run(..., loss=...)",
             )
+        entries = resolve_train(run, train, asked) if split else None
+        notes = [
+            *drawn("step", steps, len(run.steps)),
+            *drawn("gradient_step", gradient_steps, windows[-1].steps[-1]),
+            *drawn("train", train, 0 if entries is None else entries.scope),
+            *drawn("test", test, samples),
+        ]
         return cls(
             run=run,
             windows=windows,
             segments=segments,
             gradient_steps=asked,
-            train=resolve_train(run, train, asked) if split else None,
+            train=entries,
             layers=resolved,
             rest=rest,
             keep=kept,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,13 @@ from explaind_core.attribute import answer
 from explaind_core.errors import QuestionError
 from explaind_core.progress import track
 from explaind_core.question import Question
-from explaind_core.results import Frame
+from explaind_core.results import TERMS, Frame
 from explaind_core.run import ParameterInfo, Run
 
 __all__ = ["by_parameter", "parameter_importance", "top_samples"]
 
+#: What is told of the nodes and steps of a block of test samples.
+_COUNTED = ("nodes_used", "nodes_evaluated", "steps_not_converged", "update_error", "correction")
 _ORDERS: dict[str, Callable[[Any], Any]] = {"absolute": np.abs, "positive": np.asarray, "negative": np.negative}
 
 
@@ -30,7 +31,7 @@ def top_samples(result: xr.Dataset, k: int = 10, *, by: str = "absolute") -> xr.
 
     Returns:
         ``sample`` (the label) and ``influence`` (what it added, in units of the output) over (..., rank); ties go
-        to the entry that comes first.
+        to the entry that comes first. Where fewer than k entries are positive (or negative), the others follow.
 
     Raises:
         QuestionError: the result does not keep ``train``, has fewer than k entries, or there is no such order.
@@ -40,14 +41,15 @@ def top_samples(result: xr.Dataset, k: int = 10, *, by: str = "absolute") -> xr.
         >>> top_samples(xr.Dataset({"kernel": kernel}), 2).sample.values
         array([[8, 9]])
     """
-    if "train" not in result.kernel.dims:
+    dims = result["kernel"].dims if "kernel" in result else ()
+    if "train" not in dims:
         raise QuestionError(
             "the result does not tell training samples apart",
             where="keep",
             expected="'train' among the kept axes",
-            got=result.kernel.dims,
+            got=dims,
         )
-    if by not in _ORDERS or not 1 <= k <= result.sizes["train"]:
+    if by not in _ORDERS or not isinstance(k, int | np.integer) or not 1 <= k <= result.sizes["train"]:
         raise QuestionError(
             "there is no such ranking",
             where="by, k",
@@ -62,7 +64,7 @@ def top_samples(result: xr.Dataset, k: int = 10, *, by: str = "absolute") -> xr.
             "sample": (dims, values.train.values[order]),
             "influence": (dims, np.take_along_axis(values.values, order, -1)),
         },
-        coords={name: values.coords[name] for name in values.dims[:-1] if name in values.coords},
+        coords={name: along for name, along in values.coords.items() if "train" not in along.dims},
         attrs={"ranked_by": by},
     )
 
@@ -71,7 +73,8 @@ def parameter_importance(run: Run, inputs: Any, *, progress: bool = True, **ques
     """How much every single parameter mattered: ``sum over x, j | sum over s of its influence on f(x)_j |``.
 
     Accumulated importance (paper, Definition 4.2) at the finest granularity: the score by which section 4.2 prunes.
-    Test samples are worked off in blocks, so that nothing larger than the memory budget is held.
+    Test samples are worked off in blocks, so that nothing larger than the memory budget is held; each block has its own
+    nodes, where these are adaptive.
 
     Args:
         run, inputs: as for :func:`explaind_core.attribute`, as are the arguments in ``question`` (output, steps, train,
@@ -82,7 +85,7 @@ def parameter_importance(run: Run, inputs: Any, *, progress: bool = True, **ques
         ``kernel`` and ``regularization`` over ``parameter``, float64; see :func:`by_parameter`.
 
     Raises:
-        QuestionError: as ``attribute``, or ``keep`` is given.
+        QuestionError: as ``attribute``, or ``keep`` is given; a single test sample does not fit into ``memory``.
 
     Example:
         >>> import torch
@@ -93,22 +96,30 @@ def parameter_importance(run: Run, inputs: Any, *, progress: bool = True, **ques
     """
     if "keep" in question:
         raise QuestionError("the importance of parameters keeps the parameter axis", where="keep", got=question["keep"])
-    asked = Question.ask(run, inputs, keep=("parameter", "test", "output"), **question)
-    outputs = Frame(asked).outputs
+    keep = ("parameter", "test", "output")
+    asked = Question.ask(run, inputs, keep=keep, **question)
+    frame = Frame(asked)
     samples = asked.function.samples
-    one = asked.result_bytes(outputs) // samples
-    size = max(1, min(samples, asked.memory // 4 // one))
+    # A block's influences, and their absolute values.
+    size = max(1, min(samples, asked.memory * samples // (4 * asked.result_bytes(frame.outputs))))
     rows = asked.function.rows.tolist()
     blocks = [rows[a : a + size] for a in range(0, samples, size)]
     total: xr.Dataset | None = None
+    parts: list[dict[str, Any]] = []
     for block in track(blocks, len(blocks), "importance of parameters", enabled=progress):
-        part = Question.ask(run, inputs, keep=("parameter", "test", "output"), **question | {"test": block})
-        result = answer(replace(part, memory=max(part.memory, part.result_bytes(outputs))), progress=False)
-        names = [n for n in ("kernel", "regularization", "prehistory") if n in result]
-        scores = abs(result[names]).sum(("test", "output"))
+        result = answer(Question.ask(run, inputs, keep=keep, **question | {"test": block}), progress=False)
+        scores = abs(result[[name for name in TERMS if name in result]]).sum(("test", "output"))
         total = scores if total is None else total + scores
+        parts.append(result.attrs)
     assert total is not None
-    return total.assign_attrs({**result.attrs, "score": "accumulated importance (Definition 4.2) of single parameters"})
+    # What is told of the whole question, and of the block that took most.
+    attributes = parts[-1] | frame.attributes()
+    attributes |= {name: max(part[name] for part in parts) for name in _COUNTED if name in attributes}
+    attributes |= {"score": "accumulated importance (Definition 4.2) of single parameters"}
+    attributes |= {"strategy": parts[-1]["strategy"], "blocks": len(blocks)}
+    del attributes["closes"]
+    total.attrs = attributes
+    return total
 
 
 def by_parameter(values: xr.DataArray, parameters: Mapping[str, ParameterInfo]) -> dict[str, np.ndarray[Any, Any]]:
@@ -120,6 +131,9 @@ def by_parameter(values: xr.DataArray, parameters: Mapping[str, ParameterInfo]) 
     Returns:
         Parameter name -> ``[*other axes, *shape]``, NaN where a restriction left entries out; a tensor of which nothing
         was asked for has no entry.
+
+    Raises:
+        QuestionError: there is no parameter axis, or it is one of other parameters.
 
     Example:
         >>> import torch
@@ -141,4 +155,10 @@ def by_parameter(values: xr.DataArray, parameters: Mapping[str, ParameterInfo]) 
             tensor[..., positions[inside] - start] = flat[..., inside]
             found[name] = tensor.reshape(*flat.shape[:-1], *info.shape)
         start += size
+    if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < start:
+        raise QuestionError(
+            "the parameter axis is one of other parameters",
+            expected=f"positions within 0..{start - 1}",
+            got=f"{positions.min()}..{positions.max()}",
+        )
     return found

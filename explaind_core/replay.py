@@ -65,6 +65,7 @@ class Replay:
         start = run.theta(0)
         self._parameters = {name: nn.Parameter(start[name].clone()) for name in run.parameters}
         self.optimizer = self._build()
+        self._built_with = [set(group) for group in self.optimizer.param_groups]
         self.load(run.optimizer_state(0))
 
     # ------------------------------------------------------------------ building
@@ -109,6 +110,10 @@ class Replay:
     def load(self, state: State) -> None:
         """Put the optimizer into a state by parameter name; the tensors are copied."""
         self.optimizer.state.clear()
+        # Counters that its first step makes in its groups are not among what was recorded before that step.
+        for group, known in zip(self.optimizer.param_groups, self._built_with, strict=False):
+            for counter in set(group) - known:
+                del group[counter]
         for name, entries in state.items():
             self.optimizer.state[self._parameters[name]] = trees.map_tensors(torch.clone, entries)
 

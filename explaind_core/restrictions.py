@@ -20,6 +20,7 @@ __all__ = [
     "Segment",
     "TrainEntries",
     "Window",
+    "drawn",
     "resolve_gradient_steps",
     "resolve_steps",
     "resolve_test",
@@ -56,6 +57,12 @@ class Sample:
     def label(self, axis: str, of: int) -> str:
         """What a result says of it."""
         return f"{axis}: {self.size} of {of} drawn with seed {self.seed}"
+
+
+def drawn(axis: str, asked: Any, of: int) -> list[str]:
+    """What a result says of the members of an axis that were drawn, by themselves or for one of its groups."""
+    named = {f"{axis} {name!r}": v for name, v in asked.items()} if isinstance(asked, Mapping) else {axis: asked}
+    return [value.label(name, of) for name, value in named.items() if isinstance(value, Sample)]
 
 
 @dataclass(frozen=True)
@@ -124,6 +131,8 @@ def resolve_gradient_steps(run: Run, steps: Any, last: int) -> tuple[int, ...]:
         raise QuestionError("gradient_steps cannot be windows", where="gradient_steps", expected="a slice, a range, a list or a number", got=steps)  # fmt: skip  # noqa: E501
     if steps is None:
         return tuple(range(1, last + 1))
+    if isinstance(steps, Sample):  # of those that the explained steps can know of
+        return tuple(steps.draw(range(1, last + 1), "gradient_steps"))
     asked = _steps(run, steps, "gradient_steps")
     found = tuple(s for s in asked if s <= last)
     if not found:
@@ -144,7 +153,7 @@ def _steps(run: Run, steps: Any, where: str) -> tuple[int, ...]:
     if isinstance(steps, slice):
         start, stop = steps.start if steps.start is not None else 1, steps.stop if steps.stop is not None else total + 1
         # Python's own slices clamp; a range that is not there must not go unnoticed here.
-        if not 1 <= start <= total or not 1 < stop <= total + 1 or (steps.step or 1) < 1:
+        if not 1 <= start <= total or not 1 < stop <= total + 1 or (1 if steps.step is None else steps.step) < 1:
             raise QuestionError("the slice of steps reaches outside the run", where=where, expected=expected, got=steps)
         chosen = list(range(start, stop, steps.step or 1))
     elif steps is None:
@@ -174,11 +183,13 @@ class TrainEntries:
 
     Attributes:
         labels: sample ids, or the groups' names. of: sample id -> its entry. restricted: whether samples are left out.
+        scope: how many samples the gradients in scope are of.
     """
 
     labels: tuple[int | str, ...]
     of: Mapping[int, int]
     restricted: bool
+    scope: int
 
     def positions(self, ids: Tensor) -> Tensor:
         """The entry of every sample of a batch, -1 for those that are not asked for."""
@@ -203,7 +214,7 @@ def resolve_train(run: Run, train: Any, gradient_steps: Sequence[int]) -> TrainE
         if isinstance(value, Sample):
             return value.draw(seen, place)
         if isinstance(value, slice):
-            chosen = [i for i in seen if i in range(*value.indices(seen[-1] + 1))]
+            chosen = [i for i in seen if i in _sliced(value, seen[-1] + 1, place)]
         else:
             chosen = whole_numbers(value, "ids are not whole numbers", place, expected)
         unknown = sorted(set(chosen) - set(seen))
@@ -226,7 +237,9 @@ def resolve_train(run: Run, train: Any, gradient_steps: Sequence[int]) -> TrainE
 
     if not isinstance(train, Mapping):
         chosen = ids(train, where)
-        return TrainEntries(tuple(chosen), {i: n for n, i in enumerate(chosen)}, bool(set(seen) - set(chosen)))
+        return TrainEntries(
+            tuple(chosen), {i: n for n, i in enumerate(chosen)}, bool(set(seen) - set(chosen)), len(seen)
+        )
     groups = {str(name): ids(value, f"train[{name!r}]") for name, value in train.items()}
     of = {i: n for n, members in enumerate(groups.values()) for i in members}
     if len(of) < sum(map(len, groups.values())) or not groups:
@@ -237,7 +250,15 @@ def resolve_train(run: Run, train: Any, gradient_steps: Sequence[int]) -> TrainE
             got=list(groups),
             remedy="make them disjoint, or ask twice",
         )
-    return TrainEntries(tuple(groups), of, any(i not in of for i in seen))
+    return TrainEntries(tuple(groups), of, any(i not in of for i in seen), len(seen))
+
+
+def _sliced(value: slice, size: int, where: str) -> range:
+    """The positions of a slice (QuestionError for a step of 0, or bounds that are no numbers)."""
+    try:
+        return range(*value.indices(size))
+    except (TypeError, ValueError) as error:
+        raise QuestionError(f"the slice makes no sense: {error}", where=where, got=value) from error
 
 
 def _span(seen: Sequence[int]) -> str:
@@ -256,7 +277,7 @@ def resolve_test(test: Any, samples: int) -> tuple[int, ...] | None:
     if isinstance(test, Sample):
         return tuple(test.draw(range(samples), "test"))
     if isinstance(test, slice):
-        rows = list(range(*test.indices(samples)))
+        rows = list(_sliced(test, samples, "test"))
     else:
         rows = whole_numbers(test, "test rows are not whole numbers", "test", expected)
     outside = [row for row in rows if not 0 <= row < samples]

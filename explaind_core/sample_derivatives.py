@@ -34,14 +34,14 @@ class Derivatives:
         self._theta, self._names, self._memory = theta, list(names), memory
         self._plain = PlainLayers(model, names)
         self._dtype = next(model.parameters()).dtype
-        self._axes_found = False
+        self._chosen = False
         # What vmap cannot vectorise of this model (data-dependent control flow, operators without a batching rule)
         # is done one by one from then on. That gives the same numbers, and a real error shows up there again.
         self._one_by_one: set[str] = set()
 
     def fitting(self, names: Sequence[str]) -> int:
         """How many samples' gradients fit the memory, at least 1."""
-        return max(1, self._memory // max(1, self._dtype.itemsize * sum(self._theta[n].numel() for n in names)))
+        return max(1, self._memory // max(1, self._dtype.itemsize * self._size(names)))
 
     def passes(self, point: BatchPoint, count: int) -> int:
         """How often ``count`` samples may go through the model at once, at least 1: it holds four activations each."""
@@ -60,7 +60,7 @@ class Derivatives:
         return {n: torch.cat(blocks) for n, blocks in zip(self._names, sums, strict=True)}
 
     def _forward(
-        self, point: BatchPoint, rows: slice, names: Sequence[str]
+        self, point: BatchPoint, rows: slice | Tensor, names: Sequence[str]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Parameters, the outputs of some samples that depend on them, and the cotangents of these."""
         parameters = {n: self._theta[n].detach().requires_grad_() for n in names}
@@ -109,15 +109,14 @@ class Derivatives:
             The name, some of the samples, their products ``[b, R]``, the sum of their gradients, and the squared norm
             of the terms of that sum. A name may come several times.
         """
-        self._find_axes(point)
+        self._choose(point)
         b = rows.stop - rows.start
         plain = [n for n in directions if n in self._plain.names]
         uses = self._watched(point, rows, plain)[0] if plain else []
         for name in plain:
-            for some, terms in self._plain.factors(name, uses, b, self._memory):
-                for term in terms:
-                    products, total = term.inner(directions[name], self._memory)
-                    yield name, moved(some, rows.start), products, total, term.square_norms()
+            for term in self._plain.factors(name, uses, b):
+                products, total = term.inner(directions[name], self._memory)
+                yield name, rows, products, total, term.square_norms()
         del uses
         others = [n for n in directions if n not in self._plain.names]
         for some in slices(b, self.fitting(others)) if others else ():
@@ -128,7 +127,7 @@ class Derivatives:
                 yield name, moved(some, rows.start), products, total, factors.square_norms()
 
     def _watched(
-        self, point: BatchPoint, rows: slice, names: Sequence[str]
+        self, point: BatchPoint, rows: slice | Tensor, names: Sequence[str]
     ) -> tuple[list[Use], list[Tensor], list[Tensor], list[Tensor]]:
         """One batched backward pass that sees what the layers saw, and the gradients at their outputs."""
         with self._plain.watched(names) as uses:
@@ -140,28 +139,38 @@ class Derivatives:
                 use.delta = delta
         return uses, parameters, outputs, cotangents
 
-    def _find_axes(self, point: BatchPoint) -> None:
-        """Keep to outer products where the first axis of what a layer saw is that of the samples.
+    def _choose(self, point: BatchPoint) -> None:
+        """Find the parameters of which factors may be used.
 
-        A plain sum is the same over any axis. So a few samples are summed with a weight each, and compared with the
-        gradient of the batch that is weighted so.
+        Those where the first axis of what their layers saw is that of the samples. A plain sum is the same over any
+        axis, so the samples that count most are summed with a weight each, and compared with the gradient of the
+        batch so weighted. And only if they are most of the numbers: if not, one pass for all is cheaper than two.
         """
-        if self._axes_found:
+        if self._chosen:
             return
-        self._axes_found = point.n > 1
-        rows, names = slice(0, min(point.n, 8)), sorted(self._plain.names)
-        weights = torch.linspace(0.5, 1.5, rows.stop).to(next(iter(self._theta.values())))
+        self._chosen = point.n > 1  # the axis of a single sample cannot be mistaken
+        sizes = sum(c.flatten(1).square().sum(1) if c.ndim > 1 else c.square() for c in point.cotangents)
+        rows = torch.topk(sizes, min(point.n, 8)).indices if isinstance(sizes, Tensor) else slice(0, 1)
+        names = sorted(self._plain.names)
         uses, parameters, outputs, cotangents = self._watched(point, rows, names)
+        b = len(cotangents[0]) if cotangents else 1
+        weights = torch.linspace(0.5, 1.5, b).to(next(iter(self._theta.values())))
         expected = _pull(outputs, parameters, [_scaled(c, weights) for c in cotangents])
         for use in uses:
-            if use.delta is not None and use.fits(rows.stop):
-                use.delta = _scaled(use.delta, weights.repeat_interleave(len(use.delta) // rows.stop))
+            if use.delta is not None and use.fits(b):
+                use.delta = _scaled(use.delta, weights.repeat_interleave(len(use.delta) // b))
         for name, value in zip(names, expected, strict=True):
             total, square = torch.zeros_like(value), value.new_zeros(())
-            for _, terms in self._plain.factors(name, uses, rows.stop, self._memory):
-                for term in terms:
-                    total, square = total + term.merged(), square + term.square_norms()
+            for term in self._plain.factors(name, uses, b):
+                total, square = total + term.merged(), square + term.square_norms()
+            if square == 0:  # nothing was seen
+                self._plain.names.discard(name)
             self._plain_if_same(name, total, value, square)
+        if 2 * self._size(self._plain.names) < self._size(self._names):
+            self._plain.names.clear()
+
+    def _size(self, names: Iterable[str]) -> int:
+        return sum(self._theta[n].numel() for n in names)
 
     # ------------------------------------------------------------------ along directions
     def along(self, point: BatchPoint, rows: slice, tangents: Gradients) -> Tensor:

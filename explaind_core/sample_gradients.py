@@ -35,7 +35,7 @@ class SampleGradients:
     """The gradients ``g_k`` of the samples of one step's batch, unscaled: :meth:`fit` finds the factor.
 
     Args:
-        model: the architecture in evaluation mode, not requiring gradients; its weights are never read.
+        model: the architecture, in the mode that it was trained in, not requiring gradients; its weights are not read.
         loss: ``loss(output, target)``, 0-d or one number per sample (then their mean is meant).
         batch: the step's micro-batches. A sample that stands twice has two gradients.
         theta: where the gradient was taken. buffers: the model's buffers then.
@@ -146,7 +146,9 @@ class SampleGradients:
         with differentiable_kernels():
             for point, rows, positions in self._pieces(self._chunk):
                 here = weights[:, positions]
-                groups = here.any(1).nonzero().flatten()  # a group need not have a sample in every piece
+                groups = here.any(1).nonzero().flatten()
+                if not len(groups):  # a group need not have a sample in every piece
+                    continue
                 for name, sums in self._derivatives.weighted(point, rows, here[groups]).items():
                     result[name][groups] += sums
         return result

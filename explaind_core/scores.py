@@ -18,22 +18,38 @@ def _terms(result: xr.Dataset) -> list[str]:
     found = [name for name in TERMS if name in result]
     if not found:
         raise QuestionError(
-            "this is no attribution result", expected="variables kernel and regularization", got=list(result)
+            "this is no attribution result", expected=f"variables among {list(TERMS)}", got=list(result)
         )
     return found
 
 
-def _kept(result: xr.Dataset, axes: Sequence[str], where: str) -> list[str]:
-    missing = [axis for axis in axes if axis not in result.kernel.dims]
-    if missing:
-        raise QuestionError(
-            f"the result does not keep the axis {missing[0]!r}",
-            where=where,
-            expected=f"axes among {list(result.kernel.dims)}",
-            got=list(axes),
-            remedy=f"ask attribute(..., keep=...) to keep {missing}: an absolute value must be taken before summing it",
-        )
-    return list(axes)
+def _axes(
+    result: xr.Dataset, names: Sequence[str], accumulate: Sequence[str], over: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Both lists of axes, checked: the terms have them, and none is in both."""
+    kept = list(dict.fromkeys(str(dim) for name in names for dim in result[name].dims))
+    first, then = ([axes] if isinstance(axes, str) else list(axes) for axes in (accumulate, over))
+    for where, axes in (("accumulate", first), ("over", then)):
+        missing = [axis for axis in axes if axis not in kept]
+        if missing:
+            raise QuestionError(
+                f"the result does not keep the axis {missing[0]!r}",
+                where=where,
+                expected=f"axes among {kept}",
+                got=axes,
+                remedy=f"ask attribute(..., keep=...) to keep {missing}: absolute values must be taken before summing",
+            )
+    if len({*first, *then}) < len(first) + len(then):
+        raise QuestionError("an axis is named twice", where="over, accumulate", got=(then, first))
+    return first, then
+
+
+def _summed(values: xr.DataArray, axes: Sequence[str]) -> xr.DataArray:
+    """In float64, whatever the influences are stored in, over those of the axes that a term has.
+
+    A term without an axis, as the regularization has no train axis, is the sum over it already.
+    """
+    return values.sum([axis for axis in axes if axis in values.dims], dtype=np.float64)
 
 
 def importance(
@@ -41,10 +57,13 @@ def importance(
 ) -> xr.Dataset:
     """Accumulated importance: ``sum over test and output of | influence accumulated over everything else |``.
 
-    The order is the definition's: accumulate, then absolute value, then sum (paper, Definition 4.2, equation 6).
+    The order is the definition's: accumulate, then absolute value, then sum (paper, Definition 4.2, equation 6). Only
+    the kernel has a gradient_step and a train axis: a term without an axis stays as it is where others are summed over
+    it, and one value where it is kept.
 
     Args:
-        result: of :func:`explaind_core.attribute`, with the axes of ``over`` kept.
+        result: of :func:`explaind_core.attribute` or :func:`explaind_core.attribute_checkpoints`, with the axes of
+            ``over`` kept.
         over: the axes to sum absolute values over.
         accumulate: kept axes to be summed first, signs and all: ``("layer",)`` gives the whole model's importance.
 
@@ -61,12 +80,8 @@ def importance(
         2.0
     """
     names = _terms(result)
-    first, then = _kept(result, accumulate, "accumulate"), _kept(result, over, "over")
-    scores = {}
-    for name in names:
-        # Summed in float64, whatever the influences are stored in.
-        summed = result[name].sum(first, dtype=np.float64) if first else result[name]
-        scores[name] = abs(summed).sum(then, dtype=np.float64)
+    first, then = _axes(result, names, accumulate, over)
+    scores = {name: _summed(abs(_summed(result[name], first)), then) for name in names}
     return xr.Dataset(scores, attrs={"score": "accumulated importance (Definition 4.2)", "over": list(then)})
 
 
@@ -82,9 +97,11 @@ def relative_regularization(
     ``form="signed"``: the sum of (kernel - regularization) over the axes of ``over``, as Definition 4.3 (equation 7)
     writes it, in this project's sign (the paper's is the negative). ``form="absolute"``: importance of the
     kernel minus importance of the regularization, as its prose has it: negative where regularization dominates.
+    Axes of the kernel alone (gradient_step, train) must be summed: regularization is not due to any one sample.
 
     Raises:
-        QuestionError: another form, or an axis that the result does not keep.
+        QuestionError: another form, an axis that the result does not keep, or an axis of the kernel alone that is kept;
+            a result without kernel and regularization, such as that of checkpoints.
 
     Example:
         >>> result = xr.Dataset({"kernel": ("test", [3.0, -1.0]), "regularization": ("test", [1.0, 1.0])})
@@ -92,25 +109,39 @@ def relative_regularization(
         ...     relative_regularization(result, over=["test"], form="absolute"))
         (0.0, 2.0)
     """
+    if form not in ("signed", "absolute"):
+        raise QuestionError("there is no such form", where="form", expected="'signed' or 'absolute'", got=form)
+    names = ["kernel", "regularization"]
+    if missing := [name for name in names if name not in _terms(result)]:
+        raise QuestionError(
+            f"the result does not tell the {missing[0]} apart", expected=f"variables {names}", got=_terms(result)
+        )
+    first, then = _axes(result, names, accumulate, over)
+    gone = [*first, *then]
+    alone = [dim for dim in result["kernel"].dims if dim not in (*result["regularization"].dims, *gone)]
+    if alone:
+        raise QuestionError(
+            f"regularization has no share of the axis {alone[0]!r}",
+            where="over, accumulate",
+            expected=f"{alone} among them",
+            got=gone,
+            remedy=f"say accumulate={alone}, or ask attribute(...) without",
+        )
     if form == "absolute":
         scores = importance(result, over, accumulate=accumulate)
         relative: xr.DataArray = scores.kernel - scores.regularization
-        return relative.rename("relative_regularization")
-    if form != "signed":
-        raise QuestionError("there is no such form", where="form", expected="'signed' or 'absolute'", got=form)
-    _terms(result)
-    gone = [*_kept(result, accumulate, "accumulate"), *_kept(result, over, "over")]
-    difference: xr.DataArray = result.kernel.astype(np.float64) - result.regularization
-    return difference.sum(gone).rename("relative_regularization")
+    else:
+        relative = _summed(result["kernel"], gone) - _summed(result["regularization"], gone)
+    return relative.rename("relative_regularization")
 
 
 def spread_residual(result: xr.Dataset) -> xr.Dataset:
     """The result with its residual spread over the components, in proportion to their absolute contributions.
 
-    In every cell of (step, test, output) as far as kept, ``residual * |c| / sum |c|`` is added to each component c
-    (layer x term). This lowers the quadrature error of sums, and it is a guess about where the error lies: the
-    result says so in ``attrs["residual_spread"]``, keeps what was spread in ``spread``, and still closes. Cells
-    without any contribution keep their residual.
+    In every cell of (step, test, output) as far as kept, ``residual * |c| / sum |c|`` is added to each component c:
+    an entry of a term along all other axes that are kept. This lowers the quadrature error of sums, and it is a guess
+    about where the error lies: the result says so in ``attrs["residual_spread"]``, keeps what was spread in
+    ``spread``, and still closes. Cells without any contribution keep their residual.
 
     Raises:
         QuestionError: not an attribution result.

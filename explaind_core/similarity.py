@@ -10,10 +10,8 @@ in which the train axis is one vector of second moments a step: neither M x D no
 from __future__ import annotations
 
 import math
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,21 +20,23 @@ import xarray as xr
 from torch import Tensor
 
 from explaind_core.attribute import answer
+from explaind_core.budget import readable_size
 from explaind_core.decompose import StepDecomposition, decompose
-from explaind_core.entries import EntryFeatures, horizon
 from explaind_core.errors import QuestionError
 from explaind_core.progress import counted
 from explaind_core.quadrature import climb
 from explaind_core.question import AXES, Question
+from explaind_core.restrictions import Window, segments_of
 from explaind_core.results import Frame
-from explaind_core.reverse import feature_map
+from explaind_core.reverse import feature_map, reduced
 from explaind_core.run import Run
+from explaind_core.second_moments import HELD, Moments
 from explaind_core.stepwise import finite_values
-from explaind_core.strategy import STATES
 
 __all__ = ["similarity"]
 
 _OVER = ("step", "parameter", "train", "output")
+Matrices = np.ndarray[Any, Any]
 
 
 def similarity(
@@ -58,11 +58,15 @@ def similarity(
 ) -> xr.DataArray:
     """``cos(T(x), T(x'))`` of the kernel's influence tensors of all pairs of test samples (paper, Definition 4.4).
 
+    Over steps and parameters (whatever else ``over`` has, but gradient_step) nothing is held but feature maps of some
+    test samples and features of some training samples; on disk, in a temporary folder, a number for every step
+    explained and parameter entry. Otherwise ``attribute`` is asked for the tensors, which must fit into ``memory``.
+
     Args:
         run, inputs, output, steps, train, layers, test: as for :func:`explaind_core.attribute`.
         over: the axes that the tensors are flattened over; all others are summed first, which is another question.
-        per: axes with a matrix for each entry, ``"layer"`` or ``"step"`` (each window of steps, where they are named;
-            its steps are summed first, unless ``over`` has ``"step"``, too).
+        per: axes with a matrix for each entry: ``"layer"``, or ``"step"`` (each window of steps, where they are named).
+            Steps of a window are summed first, unless ``over`` has ``"step"``, too.
         nodes, tolerance, max_nodes: as for ``attribute``; adaptive orders are those of f's change along the step.
         memory: the most that feature maps and per-sample features may take; more of it means fewer passes.
 
@@ -79,100 +83,146 @@ def similarity(
         >>> similarity(record_example(steps=2), inputs, progress=False).values.round(3).diagonal()
         array([1., 1.])
     """
-    over, per = tuple(over), tuple(per)
-    unknown = [axis for axis in over if axis not in AXES or axis == "test"]
-    if unknown or not over or not set(per) <= {"layer", "step"}:
+    over, per = _axes(over), _axes(per)
+    flattened = tuple(axis for axis in AXES if axis != "test")
+    repeated = len({*over}) < len(over) or len({*per}) < len(per)
+    if not over or repeated or not {*over} <= {*flattened} or not {*per} <= {"layer", "step"}:
         raise QuestionError(
             "similarity cannot be taken like that",
             where="over, per",
-            expected=f"over some of {tuple(a for a in AXES if a != 'test')}, per some of ('layer', 'step')",
+            expected=f"over some of {flattened}, per some of ('layer', 'step')",
             got=(over, per),
         )
-    kept = {"test", *per, *(a for a in over if a != "layer" or "layer" not in per)}
-    windows = isinstance(steps, Mapping)
-    gram = {"step", "parameter"} <= set(over) and "gradient_step" not in over and (windows or "step" not in per)
     question = Question.ask(
-        run,
-        inputs,
-        keep=tuple(a for a in AXES if a in kept),
-        output=output,
-        steps=steps,
-        train=train,
-        layers=layers,
-        test=test,
-        nodes=nodes,
-        tolerance=tolerance,
-        max_nodes=max_nodes,
-        memory=memory,
-    )
-    if gram:
-        products = _gram(question, per, progress)
+        run, inputs, keep=tuple({"test", *over, *per}), output=output, steps=steps, train=train, layers=layers,
+        test=test, nodes=nodes, tolerance=tolerance, max_nodes=max_nodes, memory=memory,
+    )  # fmt: skip
+    windows = question.windows
+    if "step" in over:  # windows say which steps share a matrix: the tensors have an entry for every step
+        each = tuple(Window(s, (s,)) for s in question.steps)
+        question = replace(question, windows=each, segments=segments_of(each, 1))
+    rows = question.function.rows.numpy()
+    labels: dict[str, list[Any]] = {
+        "layer": [layer.name for layer in question.layers],
+        "step": [window.name for window in windows],
+    }
+    matrices = math.prod(len(labels[axis]) for axis in per)
+    # Products, norms and cosines.
+    _check_fits(question, 3 * 8 * matrices * len(rows) ** 2, f"the matrices of {len(rows)} test samples")
+    told_apart = all(len(window.steps) == 1 for window in question.windows) and "step" in question.keep
+    if told_apart and "parameter" in over and "gradient_step" not in over:
+        products, nodes_used, failed = _gram(question, windows, per, progress)
     else:
-        if "step" in over and "step" in per:
-            raise QuestionError(
-                "steps cannot be flattened within windows there",
-                where="over, per",
-                expected="both 'step' and 'parameter' in over",
-                got=(over, per),
-            )
-        result = answer(question, progress=progress)
-        values = result.kernel.transpose(*per, "test", *(d for d in result.kernel.dims if d not in (*per, "test")))
-        flat = values.values.astype(np.float64).reshape(*(values.sizes[d] for d in (*per, "test")), -1)
-        products = flat @ np.swapaxes(flat, -1, -2)
+        products, nodes_used, failed = _asked(question, windows, over, per, progress)
     norms = np.sqrt(np.diagonal(products, axis1=-2, axis2=-1))
     with np.errstate(invalid="ignore", divide="ignore"):
         cosine = products / (norms[..., :, None] * norms[..., None, :])
-    rows = question.function.rows.numpy()
-    labels = {"layer": [layer.name for layer in question.layers], "step": [w.name for w in question.windows]}
+    attributes: dict[str, Any] = {
+        "score": "cosine similarity (Definition 4.4)",
+        "over": list(over),
+        "summed_first": [a for a in AXES if a not in (*over, *per, "test")],
+        "nodes_used": nodes_used,
+        "steps_not_converged": failed,
+    }
+    if question.notes:
+        attributes["sampled"] = "; ".join(question.notes)
     return xr.DataArray(
         cosine,
         dims=(*per, "test", "other"),
         coords={**{axis: labels[axis] for axis in per}, "test": rows, "other": rows},
         name="similarity",
-        attrs={
-            "score": "cosine similarity (Definition 4.4)",
-            "over": list(over),
-            "summed_first": [a for a in AXES if a not in (*over, *per, "test")],
-            **question.facts,
-        },
+        attrs=attributes | question.facts,
     )
 
 
-def _gram(question: Question, per: tuple[str, ...], progress: bool) -> np.ndarray[Any, Any]:
-    """The inner products by weighted Gram matrices: ``[*per, n, n]``."""
-    frame = Frame(question, "reverse")
+def _axes(axes: Sequence[str]) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _check_fits(question: Question, needed: int, what: str) -> None:
+    if needed > question.memory:
+        raise QuestionError(
+            "the question does not fit into the memory budget",
+            where=f"similarity, {what}",
+            expected=f"at most {readable_size(question.memory)}",
+            got=readable_size(needed),
+            remedy="restrict layers= or test=, or raise memory=",
+        )
+
+
+# ---------------------------------------------------------------------- from the tensors themselves
+def _asked(
+    question: Question, windows: Sequence[Window], over: Sequence[str], per: tuple[str, ...], progress: bool
+) -> tuple[Matrices, int, int]:
+    """The inner products ``[*per, n, n]`` of tensors that ``attribute`` tells; the nodes used, the steps missed."""
+    result = answer(question, progress=progress)
+    if "nodes" in result:
+        effort = int(result.nodes.sum()), int((~result.converged).sum())
+    else:
+        effort = result.attrs["nodes_used"], result.attrs["steps_not_converged"]
+    if not {"step"} <= {*over} & {*per}:
+        return (_flat_products(result.kernel, per), *effort)
+    inner = tuple(axis for axis in per if axis != "step")
+    parts = [_flat_products(result.kernel.sel(step=list(window.steps)), inner) for window in windows]
+    return (np.stack(parts, per.index("step")), *effort)
+
+
+def _flat_products(tensors: xr.DataArray, per: tuple[str, ...]) -> Matrices:
+    values = tensors.transpose(*per, "test", ...).values.astype(np.float64)
+    flat = values.reshape(*values.shape[: len(per) + 1], -1)
+    products: Matrices = flat @ np.swapaxes(flat, -1, -2)
+    return products
+
+
+# ---------------------------------------------------------------------- by weighted Gram matrices
+def _gram(
+    question: Question, windows: Sequence[Window], per: tuple[str, ...], progress: bool
+) -> tuple[Matrices, int, int]:
+    """The inner products ``[*per, n, n]`` by weighted Gram matrices; the nodes used, the steps missed."""
     names = [n for n in question.run.parameters if any(n in layer.masks for layer in question.layers)]
-    first, last = question.steps[0], question.steps[-1]
+    size = sum(question.run.parameters[n].shape.numel() for n in names) * question.function.dtype.itemsize
+    passes = 0
+    if question.splits_gradients:
+        held = size * HELD
+        _check_fits(question, 2 * held, "features of one training sample")
+        assert question.train is not None
+        entries = len(question.train.labels) if question.keeps("train") else 1
+        passes = math.ceil(entries / (question.memory // 2 // held))
+    _check_fits(question, 4 * size, "feature maps of one test sample")
+    frame = Frame(question, "reverse")
     n = question.function.samples
-    layers, windows = len(question.layers), len(question.windows)
-    shape = [size if axis in per else 1 for axis, size in (("layer", layers), ("step", windows))]
-    total = np.zeros((*shape, n, n))
-    window_of = {s: w for w, window in enumerate(question.windows) for s in window.steps}
-    passes = _passes(question, names) if question.keeps("train") else 0
-    work = passes * last + len(question.steps)
+    sizes = {"layer": len(question.layers), "step": len(windows)}
+    total = np.zeros((*(size if axis in per else 1 for axis, size in sizes.items()), n, n))
+    window_of = {s: w if "step" in per else 0 for w, window in enumerate(windows) for s in window.steps}
+    work = passes * question.steps[-1] + len(question.steps)
+    rung, nodes_used, failed = 0, 0, 0
     with (
         counted(work, "similarity", enabled=progress) as advance,
-        _Moments(question, names, passes, advance) as moments,
+        Moments(question, names, passes, advance) as moments,
     ):
-        rung = 0
-        for split in decompose(question.run, first=first, last=last):
+        for split in decompose(question.run, first=question.steps[0], last=question.steps[-1]):
             if split.step not in window_of:
                 continue
-            weights = moments.of(split)
-            order, rung = _order(question, split, frame.scale, rung)
-            for layer, part in enumerate(_step_gram(question, split, names, weights, order)):
-                total[layer if "layer" in per else 0, window_of[split.step] if "step" in per else 0] += part
+            order, rung, converged = _order(question, split, frame.scale, rung)
+            nodes_used, failed = nodes_used + order, failed + (not converged)
+            parts = _step_gram(question, split, names, moments.of(split), order)
+            for layer, part in enumerate(parts):
+                total[layer if "layer" in per else 0, window_of[split.step]] += part
             advance(1)
-    axes = [axis for axis in ("layer", "step") if axis in per]
-    found = total.reshape(*(size for size, axis in zip(shape, ("layer", "step"), strict=True) if axis in per), n, n)
-    return found if tuple(axes) == per else found.swapaxes(0, 1)
+    axes = [axis for axis in sizes if axis in per]
+    found = total.reshape(*(sizes[axis] for axis in axes), n, n)
+    return found if tuple(axes) == per else found.swapaxes(0, 1), nodes_used, failed
 
 
-def _order(question: Question, split: StepDecomposition, scale: float, rung: int) -> tuple[int, int]:
-    """How many nodes the step needs, by forward mode along its displacement; and where to start the next search."""
+def _order(question: Question, split: StepDecomposition, scale: float, rung: int) -> tuple[int, int, bool]:
+    """How many nodes a step needs, by forward mode along its displacement.
+
+    Returns:
+        Their number, where to start the next search, and whether the tolerance is met.
+    """
     quadrature, function = question.quadrature, question.function
     if not quadrature.adaptive:
-        return quadrature.ladder[0], 0
+        return quadrature.ladder[0], 0, True
     before = finite_values(question, split.theta_before, split.step - 1)
     after = finite_values(question, split.theta, split.step)
     moved = {n: split.theta[n].double() - split.theta_before[n].double() for n in split.theta}
@@ -182,15 +232,18 @@ def _order(question: Question, split: StepDecomposition, scale: float, rung: int
         for t, weight in quadrature.points(q):
             point = {n: torch.lerp(split.theta_before[n], split.theta[n], t) for n in split.theta}
             total += weight * function.derivatives(point, [moved])[0]
-        return total, q
+        return reduced(total, question), q
 
-    climbed = climb(quadrature, rung, quadrature.tolerance * scale, before, after, evaluate, function.dtype)
-    return climbed.best, climbed.rung
+    bound = quadrature.tolerance * scale
+    climbed = climb(
+        quadrature, rung, bound, reduced(before, question), reduced(after, question), evaluate, function.dtype
+    )
+    return climbed.best, climbed.rung, climbed.converged
 
 
 def _step_gram(
     question: Question, split: StepDecomposition, names: list[str], weights: Mapping[str, Tensor], order: int
-) -> list[np.ndarray[Any, Any]]:
+) -> list[Matrices]:
     """One step's inner products, layer by layer: ``[n, n]`` each."""
     function, points = question.function, question.quadrature.points(order)
     n, outputs = function.samples, function.outputs
@@ -224,78 +277,27 @@ def _step_gram(
 def _products(
     left: Mapping[str, Tensor], right: Mapping[str, Tensor], weights: Mapping[str, Tensor],
     masks: Mapping[str, Tensor | None],
-) -> np.ndarray[Any, Any]:  # fmt: skip
+) -> Matrices:  # fmt: skip
+    """``sum_j phi(x)_j diag(weights) phi(x')_j^T`` of two blocks of test samples within a layer: ``[n', n'']``."""
     total: Any = 0.0
     for name, mask in masks.items():
         if name in weights:
-            weight = weights[name] if mask is None else weights[name] * mask
-            a, b = (phi[name].flatten(2) for phi in (left, right))  # [n', J', d]
-            scaled = (a * weight.reshape(-1).to(a.dtype)).flatten(1)
-            total = total + (scaled @ b.flatten(1).T).double().numpy()
+            root = weights[name].double().sqrt().reshape(-1)
+            root = root if mask is None else root * mask.reshape(-1)
+            size = float(root.max())
+            if size > 0:
+                a, one = _scaled(left[name], root / size)
+                b, other = (a, one) if right is left else _scaled(right[name], root / size)
+                total = total + ((a @ b.T).double() * (size * one * (size * other).T)).numpy()
     return np.asarray(total)
 
 
-def _passes(question: Question, names: list[str]) -> int:
-    """Walks over the run: the training samples whose features fit into half of the budget go together."""
-    assert question.train is not None
-    size = sum(question.run.parameters[n].shape.numel() for n in names)
-    together = max(1, question.memory // 2 // (size * question.function.dtype.itemsize * (3 + 2 * STATES)))
-    return math.ceil(len(question.train.labels) / together)
+def _scaled(phi: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+    """``phi diag(root)`` by row, ``[n', J' d]``, divided by each row's largest entry, ``[n', 1]``.
 
-
-@dataclass
-class _Moments:
-    """``sum_k h_{s,k}^2`` of every step explained, on disk; or the squared kernel update, training samples summed."""
-
-    question: Question
-    names: list[str]
-    passes: int
-    advance: Callable[[int], object]
-
-    def __enter__(self) -> _Moments:
-        self._folder = tempfile.TemporaryDirectory(prefix="explaind-moments-")
-        try:
-            self._fill()
-        except BaseException:
-            self._folder.cleanup()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._folder.cleanup()
-
-    def _fill(self) -> None:
-        question = self.question
-        if not self.passes:
-            return
-        assert question.train is not None
-        shapes = {n: question.run.parameters[n].shape for n in self.names}
-        ends = np.cumsum([0, *(s.numel() for s in shapes.values())])
-        self._where = {n: slice(int(a), int(b)) for n, a, b in zip(shapes, ends, ends[1:], strict=False)}
-        self._row = {s: row for row, s in enumerate(question.steps)}
-        path = Path(self._folder.name) / "moments"
-        self._stored = np.memmap(path, dtype=np.float64, mode="w+", shape=(len(self._row), int(ends[-1])))
-        start = horizon(question)
-        if start > 1:
-            question.facts["tail_dropped"] = f"below rounding before step {start}"
-        labels = question.train.labels
-        size = math.ceil(len(labels) / self.passes)
-        for low in range(0, len(labels), size):
-            of = {k: e - low for k, e in question.train.of.items() if low <= e < low + size}
-            entries = replace(question.train, labels=labels[low : low + size], of=of, restricted=False)
-            features = EntryFeatures(replace(question, train=entries), self.names, others=False)
-            self.advance(start - 1)
-            for split in decompose(question.run, first=start, last=question.steps[-1]):
-                for name, h in features.advance(split).items():
-                    if split.step in self._row:
-                        self._stored[self._row[split.step], self._where[name]] += (
-                            h.double().square().sum(0).reshape(-1).numpy()
-                        )
-                self.advance(1)
-
-    def of(self, split: StepDecomposition) -> dict[str, Tensor]:
-        """Parameter name -> weights of its shape."""
-        if not self.passes:
-            return {n: u.kernel.square() for n, u in split.updates.items() if n in self.names}
-        row = torch.from_numpy(np.array(self._stored[self._row[split.step]]))
-        return {n: row[where].reshape(split.theta[n].shape) for n, where in self._where.items()}
+    In single precision, the squares of small numbers are zero.
+    """
+    rows = (phi.flatten(2) * root.to(phi.dtype)).flatten(1)
+    largest = rows.abs().amax(1, keepdim=True)
+    largest = torch.where(largest > 0, largest, 1.0)
+    return rows.div_(largest), largest.double()

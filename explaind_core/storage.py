@@ -18,6 +18,8 @@ __all__ = ["BLOCK", "append", "stored_result"]
 BLOCK = 50
 #: Attributes that are known only when something was computed.
 _FOUND = ("tail_dropped", "gradient_factor")
+#: Attributes of a result without the step axis that are joined to the largest of any block.
+_LARGEST = ("nodes_used", "nodes_evaluated", "steps_not_converged", "update_error", "correction")
 #: How what is counted over the step axis is joined, where test samples come in blocks.
 _JOINED = {
     "nodes": np.maximum, "evaluations": np.maximum, "converged": np.logical_and, "update_error": np.maximum,
@@ -67,6 +69,8 @@ def append(path: Path, identity: str, axis: str, done: int, blocks: Iterator[xr.
         size = block.sizes[axis]
         block.attrs |= {"question": identity, "steps_done": done}
         if done:
+            known = zarr.open_group(path, mode="r").attrs.asdict()
+            block.attrs |= {k: max(block.attrs[k], known[k]) for k in _LARGEST if k in block.attrs and k in known}
             grown = block.drop_vars([n for n, v in block.variables.items() if axis not in v.dims])
             grown.to_zarr(path, append_dim=axis, zarr_format=2, consolidated=False)
             _join_counts(path, axis, block)

@@ -26,6 +26,9 @@ __all__ = ["Choice", "choose"]
 STATES = 2
 #: Rows up to which a forward-mode derivative per row is cheaper than the gradients of all samples.
 DIRECTIONAL = 2
+#: What one step of an entry's, or a row's, state costs per parameter, in multiplications of a matrix product: these
+#: are limited by memory. Measured on the demo's decoder (4,000 entries, 200 rows) on two cores.
+_ENTRY, _ROW = 1000.0, 500.0
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,6 @@ def _work(question: Question, outputs: int, choice: Choice) -> float:
     )
     if choice.strategy == "features":
         entries = math.prod(sizes[a] for a in GRADIENT_AXES if question.keeps(a))
-        return last * (entries * size * 6.0 + gradients) + explained * entries * rows * size
+        return last * (entries * size * _ENTRY + gradients) + explained * entries * rows * size
     alive = len(question.windows)
-    return last * (choice.passes * gradients + rows * alive * size * (6.0 + batch))
+    return last * (choice.passes * gradients + rows * alive * size * (_ROW + batch))

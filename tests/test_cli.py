@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from torch import nn
 
 import explaind_core as explaind
 from explaind_core import cli
+from explaind_core.errors import QuestionError
 from explaind_core.testing import record_example
 
 MODEL = """
@@ -39,15 +42,19 @@ def wrong():
 """
 
 
+example_run = lru_cache(record_example)
+INPUTS = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
     """Run the command line in a folder with a run, its inputs and a module that builds its model."""
     (tmp_path / "tiny_architecture.py").write_text(MODEL)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])  # as for an installed command
     monkeypatch.chdir(tmp_path)
-    example = record_example(3)
+    example = example_run(3)
     (tmp_path / "run").symlink_to(example.path)
-    save_file({"inputs": torch.randn(2, 4, dtype=torch.float64)}, tmp_path / "inputs.safetensors")
+    save_file({"inputs": INPUTS}, tmp_path / "inputs.safetensors")
     monkeypatch.setattr(cli.console, "width", 200)
 
     def call(*arguments: str) -> tuple[int, str, str]:
@@ -119,24 +126,101 @@ def test_inputs_with_other_names_are_keywords(command, monkeypatch):
     assert command("verify", "named", *question)[0] == 0
 
 
-@pytest.mark.parametrize("keep", ["step,layer,test,output", "layer,output", "step"])
-def test_attribute_writes_the_result(command, keep):
-    status, out, _ = command("attribute", "run", *QUESTION, "--out", "result.zarr", "--keep", keep, "--nodes", "2")
-    assert status == 0
+def written_as_asked(command, *arguments: str, **question) -> xr.Dataset:
+    """What the command wrote, which must be what attribute() returns."""
+    status, out, err = command("attribute", "run", *QUESTION, "--out", "result.zarr", "--nodes", "2", *arguments)
+    assert status == 0, err
     assert "wrote result.zarr" in out
-    from safetensors.torch import load_file
-
-    inputs = load_file("inputs.safetensors")["inputs"]
-    wanted = explaind.attribute(command.run, inputs, keep=tuple(keep.split(",")), nodes=2, progress=False)
+    wanted = explaind.attribute(command.run, INPUTS, progress=False, **{"nodes": 2, **question})
     written = xr.open_zarr("result.zarr", consolidated=False)
-    for name in wanted:
-        np.testing.assert_array_equal(written[name], wanted[name])
+    assert set(written) == set(wanted)
+    for name in {*wanted, *wanted.coords}:
+        if wanted[name].dtype.kind == "f":  # a product depends, in its last bit, on where its factors lie in memory
+            np.testing.assert_allclose(written[name], wanted[name], rtol=1e-12, atol=1e-14)
+        else:
+            np.testing.assert_array_equal(written[name], wanted[name])
+    return written
 
 
-def test_attribute_takes_layers(command):
-    status, _, _ = command("attribute", "run", *QUESTION, "--out", "result.zarr", "--layers", "2,0.bias")
+ALL_AXES = "step,gradient_step,layer,parameter,train,test,output"
+
+
+@pytest.mark.parametrize(
+    "keep", ["step,layer,test,output", "layer,output", "step", "", "parameter", "train,test", "train", ALL_AXES]
+)
+def test_attribute_writes_the_result(command, keep):
+    written = written_as_asked(command, "--keep", keep, keep=tuple(axis for axis in keep.split(",") if axis))
+    assert ",".join(written.kernel.dims) == keep
+
+
+@pytest.mark.parametrize(
+    ("arguments", "question"),
+    [
+        (("--steps", "2:4"), {"steps": slice(2, 4)}),
+        (("--steps", "2:"), {"steps": slice(2, None)}),
+        (("--steps", "1::2"), {"steps": slice(1, None, 2)}),
+        (("--steps", "1,3"), {"steps": [1, 3]}),
+        (("--steps", "2"), {"steps": 2}),
+        (("--steps", "a=1:3, b=3"), {"steps": {"a": slice(1, 3), "b": 3}}),
+        (("--gradient-steps", "1,3"), {"gradient_steps": [1, 3]}),
+        (("--gradient-steps", ":2"), {"gradient_steps": slice(None, 2)}),
+        (("--train", "0:16"), {"train": slice(0, 16)}),
+        (("--train", "5,2"), {"train": [5, 2]}),
+        (("--train", "low=0:16,high=16:32"), {"train": {"low": slice(0, 16), "high": slice(16, 32)}}),
+        (("--test", "1"), {"test": [1]}),
+        (("--test", "-1:"), {"test": slice(-1, None)}),
+        (("--test", "1,0"), {"test": [1, 0]}),
+        (("--layers", "2,0.bias"), {"layers": ["2", "0.bias"]}),
+        (("--nodes", "left"), {"nodes": "left"}),
+    ],
+)
+def test_attribute_takes_restrictions_and_nodes(command, arguments, question):
+    axes = ("step", "gradient_step", "layer", "train", "test")
+    written_as_asked(command, "--keep", ",".join(axes), *arguments, keep=axes, **question)
+
+
+@pytest.mark.parametrize(
+    ("keep", "strategy", "axis"),
+    [
+        ("step,test", "forward", "step"), ("step,test", "reverse", "step"), ("step,train", "features", "step"),
+        ("train,test", "adjoint", "test"), ("layer,test", "adjoint", "test"),
+    ],
+)  # fmt: skip
+def test_a_strategy_writes_along_its_own_axis(command, keep, strategy, axis):
+    """Block by block where this axis is kept, and can be taken up; in one go where it is not."""
+    arguments = ("attribute", "run", *QUESTION, "--out", "result.zarr", "--strategy", strategy)
+    for _ in range(2):
+        assert command(*arguments, "--keep", keep)[0] == 0
+        written = xr.open_zarr("result.zarr", consolidated=False)
+        assert written.attrs["strategy"] == strategy
+        assert written.attrs["steps_done"] == written.sizes[axis]
+    other = ",".join(a for a in keep.split(",") if a != axis)
+    status, _, err = command(*arguments, "--keep", other)
+    assert status == 2
+    assert f"without the {axis} axis is written in one go" in err
+    assert command(*arguments[:-1], strategy, "--keep", other, "--out", "other.zarr")[0] == 0
+    assert "steps_done" not in xr.open_zarr("other.zarr", consolidated=False).attrs
+
+
+def test_a_plan_is_printed_and_nothing_is_done(command):
+    """The status tells whether the result fits."""
+    asked = ("attribute", "run", *QUESTION, "--keep", "train,test", "--strategy", "adjoint", "--plan")
+    status, out, _ = command(*asked, "--out", "result.zarr")
     assert status == 0
-    assert xr.open_zarr("result.zarr", consolidated=False).layer.values.tolist() == ["2", "0.bias"]
+    assert out.startswith("adjoint mode: 3 steps x 2 nodes")
+    assert not Path("result.zarr").exists()
+    assert command(*asked)[0] == 0
+    status, out, _ = command("attribute", "run", *QUESTION, "--plan", "--memory", "500B")
+    assert status == 1
+    assert "MORE than the memory budget" in out
+
+
+def test_memory_is_a_bound_in_the_command_line_too(command):
+    status, _, err = command(
+        "attribute", "run", *QUESTION, "--out", "result.zarr", "--keep", "layer,test,output", "--memory", "64"
+    )
+    assert status == 2
+    assert err.startswith("error: the result does not fit into the memory budget")
 
 
 def test_attribute_takes_up_its_own_result_and_refuses_that_of_another_question(command):
@@ -148,7 +232,7 @@ def test_attribute_takes_up_its_own_result_and_refuses_that_of_another_question(
 
 
 def test_attribute_overwrites_nothing(command):
-    """Without the step axis there is nothing to take up."""
+    """Without the axis that is written along there is nothing to take up."""
     arguments = ("attribute", "run", *QUESTION, "--out", "result.zarr", "--keep", "layer")
     assert command(*arguments)[0] == 0
     status, _, err = command(*arguments)
@@ -205,6 +289,16 @@ WRONG = {
     "nodes": (("verify", "run", *QUESTION, "--nodes", "many"), "nodes is not a number of nodes"),
     "axis": (("attribute", "run", *QUESTION, "--out", "r", "--keep", "steps"), "there is no axis 'steps'"),
     "layer": (("attribute", "run", *QUESTION, "--out", "r", "--layers", "x"), "the layer 'x' matches no parameter"),
+    "strategy": (("attribute", "run", *QUESTION, "--out", "r", "--strategy", "magic"), "there is no such strategy"),
+    "memory": (("attribute", "run", *QUESTION, "--out", "r", "--memory", "much"), "memory is no amount of memory"),
+    "nowhere": (("attribute", "run", *QUESTION), "it is not said where to write"),
+    "outside": (("attribute", "run", *QUESTION, "--out", "r", "--steps", "0:2"), "the slice of steps reaches outside"),
+    "windows of gradients": (
+        ("attribute", "run", *QUESTION, "--out", "r", "--gradient-steps", "a=1:2"), "gradient_steps cannot be windows",
+    ),
+    "unknown sample": (
+        ("attribute", "run", *QUESTION, "--out", "r", "--train", "1,99"), "1 ids are of no sample that was trained on",
+    ),
 }  # fmt: skip
 
 
@@ -215,6 +309,39 @@ def test_a_wrong_call_says_what_is_wrong_without_a_traceback(command, name):
     assert status == 2
     assert err.startswith(f"error: {what}")
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("", "'' is no whole number"),
+        ("1.5", "'1.5' is no whole number"),
+        ("1,,2", "'' is no whole number"),
+        ("1,2:3", "'2:3' is no whole number"),
+        ("1-3", "'1-3' is no whole number"),
+        ("1:b", "'1:b' is no range"),
+        ("1:2:3:4", "'1:2:3:4' is no range"),
+        ("1:3:0", "'1:3:0' is no range"),
+        ("3:1:-1", "'3:1:-1' is no range"),
+        ("a=1:2,3", "'3' has no name"),
+        ("=1:2", "'=1:2' has no name"),
+        ("a=1,a=2", "the name 'a' is given twice"),
+        ("a=", "'' is no whole number"),
+        ("a=1:x", "'1:x' is no range"),
+    ],
+)
+def test_a_malformed_range_says_what_is_wrong_with_it_and_what_is_not(text, what):
+    with pytest.raises(QuestionError) as error:
+        cli._selection(text, "--steps")
+    assert (error.value.what, error.value.where, error.value.got) == (what, "--steps", text)
+    assert "a=200:250,b=450:500" in error.value.expected
+
+
+@pytest.mark.parametrize("option", ["--steps", "--gradient-steps", "--train", "--test"])
+def test_a_malformed_range_is_refused_before_any_work(command, option):
+    status, _, err = command("attribute", "nowhere", *QUESTION, "--out", "r", option, "some")
+    assert status == 2
+    assert err.startswith(f"error: 'some' is no whole number\n  where:    {option}\n")
 
 
 def test_a_missing_option_is_named(command):

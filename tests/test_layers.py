@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
+import explaind_core as explaind
 from explaind_core.errors import LayerError
 from explaind_core.layers import resolve_layers
 from explaind_core.run import ParameterInfo
+from explaind_core.testing import record_example
 
 SHAPES = {
     "scale": (),
@@ -189,3 +192,78 @@ def test_what_names_no_layer_is_refused(value):
     error = refused({"layer": value})
     assert error.what == "the layer 'layer' is neither a prefix, a pattern nor slices"
     assert error.got == value
+
+
+# ------------------------------------------------------------------ types of modules
+class Tied(nn.Module):
+    """The embedding is the output layer, too; and a layer owns another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.inner = nn.Embedding(5, 3), nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embedding.weight
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+def of_types(spec, model=None) -> dict[str, list[str]]:
+    model = Tied() if model is None else model
+    parameters = {n: ParameterInfo(p.shape, p.dtype, True) for n, p in model.named_parameters()}
+    layers, rest = resolve_layers(spec, parameters, model)
+    return {layer.name: list(layer.masks) for layer in [*layers, *([rest] if rest else [])]}
+
+
+def test_a_type_stands_for_what_modules_of_it_own():
+    """A tied weight is known by its first name, whichever of its modules is meant."""
+    assert of_types([nn.Linear, nn.LayerNorm]) == {
+        "Linear": ["embedding.weight", "inner.0.weight", "inner.0.bias"],
+        "LayerNorm": ["inner.1.weight", "inner.1.bias"],
+        "(rest)": ["scale"],
+    }
+    assert of_types(nn.Embedding)["Embedding"] == ["embedding.weight"]
+    assert of_types({"all linear": nn.Linear, "rest": ["inner.1", "scale"]}) == {
+        "all linear": ["embedding.weight", "inner.0.weight", "inner.0.bias"],
+        "rest": ["inner.1.weight", "inner.1.bias", "scale"],
+    }
+    assert of_types({"norms and scale": [nn.LayerNorm, "scale"]})["norms and scale"] == [
+        "inner.1.weight", "inner.1.bias", "scale",
+    ]  # fmt: skip
+
+
+def test_a_type_stands_for_its_subclasses_and_for_what_it_owns_itself():
+    assert of_types([nn.Module])["Module"] == [n for n, _ in Tied().named_parameters()]
+    assert of_types({"own": Tied})["own"] == ["scale"]  # not its children's
+
+
+def test_slices_of_all_modules_of_a_type():
+    model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 2, bias=False))
+    parameters = {n: ParameterInfo(p.shape, p.dtype, True) for n, p in model.named_parameters()}
+    layers, _ = resolve_layers({"first units": {nn.Linear: 0}}, parameters, model)
+    assert {n: mask.sum(1).tolist() for n, mask in layers[0].masks.items()} == {
+        "0.weight": [3, 0], "1.weight": [2, 0],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("model", [None, Tied()], ids=["no model", "model"])
+def test_a_type_that_matches_nothing_is_refused(model):
+    with pytest.raises(LayerError) as error:
+        resolve_layers({"layer": ["head", nn.Conv2d]}, PARAMETERS, model)
+    assert error.value.what == "the layer 'layer' matches no parameter"
+    assert (error.value.where, error.value.got) == ("pattern 'Conv2d'", "Conv2d")
+
+
+def test_types_that_overlap_are_refused():
+    """By the tied weight."""
+    with pytest.raises(LayerError, match="layers overlap") as error:
+        of_types([nn.Linear, nn.Embedding])
+    assert (error.value.where, error.value.got) == ("parameter 'embedding.weight'", ["Linear", "Embedding"])
+
+
+@pytest.mark.parametrize("keep", [("layer", "test"), ("layer", "train"), ("layer", "parameter")])
+def test_layers_by_type_are_the_layers_by_name(keep):
+    run = record_example(2)
+    inputs, options = torch.ones(2, 4, dtype=torch.float64), {"keep": keep, "nodes": 1, "progress": False}
+    by_type = explaind.attribute(run, inputs, layers={"all": nn.Linear}, **options)
+    by_name = explaind.attribute(run, inputs, layers={"all": ["0", "2"]}, **options)
+    assert by_type.identical(by_name)
+    assert by_type.layer.values.tolist() == ["all"]

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import sys
+import tempfile
 from functools import lru_cache
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from axes_oracle import SUBSETS
+from axes_runs import example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import explaind_core as explaind
-from explaind_core.budget import parse_memory
+from explaind_core.adjoint import Adjoint
+from explaind_core.budget import parse_memory, readable_size
+from explaind_core.decompose import Decomposer
 from explaind_core.errors import LayerError, QuestionError
 from explaind_core.question import Question
 from explaind_core.run import Run
@@ -51,7 +59,7 @@ def test_a_plan_guesses_two_nodes_for_an_adaptive_question():
 
 def test_a_plan_counts_the_rest_as_one_tangent_and_one_layer_where_layers_are_summed():
     assert explaind.plan(run(), INPUTS, layers=["2"], nodes=1).tangents == 2 + 1
-    assert explaind.plan(run(), INPUTS, keep=("step",), nodes=1).tangents == 2
+    assert explaind.plan(run(), INPUTS, keep=("step",), nodes=1, strategy="forward").tangents == 2
 
 
 def test_a_plan_counts_chunks():
@@ -187,7 +195,249 @@ def test_a_run_without_its_model_cannot_be_asked():
 
 def test_a_plan_leaves_the_run_unasked(monkeypatch):
     """Nothing is decomposed for it."""
-    import sys
-
     monkeypatch.setattr(sys.modules["explaind_core.stepwise"], "decompose", None)
     assert explaind.plan(run(), INPUTS, nodes=1).steps == 5
+
+
+# ------------------------------------------------------------------ every strategy
+def descent(momentum: float = 0.0):
+    return lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=momentum)
+
+
+@lru_cache
+def others(momentum: float = 0.0, steps: int = 8) -> Run:
+    return record_example(steps, make_optimizer=descent(momentum))
+
+
+TRAIN = ("train", "test")
+#: (kept axes, what else is asked), and what is planned: strategy, passes, gradient_steps, tangents.
+PLANNED = [
+    (("step", "layer", "test", "output"), {}, ("forward", 1, 0, 4)),
+    (("step",), {}, ("reverse", 1, 0, 1)),
+    (("parameter", "test", "output"), {}, ("reverse", 1, 0, 3)),
+    (("step", "parameter"), {}, ("reverse", 1, 0, 1)),
+    (("layer", "test", "output"), {"train": [0, 1, 2, 3, 4]}, ("forward", 1, 5, 5)),
+    (("parameter", "test"), {"train": [0, 1, 2, 3, 4]}, ("features", 1, 5, 1)),
+    (("parameter", "train", "test", "output"), {}, ("features", 1, 5, 3)),
+    (TRAIN, {}, ("adjoint", 1, 5, 1)),
+    (("gradient_step", "test", "output"), {}, ("adjoint", 1, 0, 3)),
+    (TRAIN, {"memory": 65_000, "strategy": "adjoint"}, ("adjoint", 1, 5, 1)),
+    (TRAIN, {"strategy": "features"}, ("features", 1, 5, 1)),
+    (("step", "layer", "test", "output"), {"strategy": "reverse"}, ("reverse", 1, 0, 3)),
+    (("gradient_step", "step"), {"strategy": "adjoint"}, ("adjoint", 1, 0, 1)),
+]
+
+
+@pytest.fixture(scope="module")
+def known_ids():
+    return sorted({i for s in run().steps for i in run().sample_ids(s).tolist()})
+
+
+@pytest.mark.parametrize(("keep", "question", "expected"), PLANNED)
+def test_every_strategy_is_planned(keep, question, expected, known_ids):
+    question = question | ({"train": known_ids[:5]} if "train" in question else {})
+    made = explaind.plan(run(), INPUTS, keep=keep, nodes=1, **question)
+    names = ("strategy", "passes", "gradient_steps", "tangents")
+    if "train" in question and expected[0] == "forward":
+        expected = (*expected[:3], made.tangents)
+    assert tuple(getattr(made, name) for name in names) == expected
+    assert made.steps == 5
+    assert made.seconds > 0
+    assert made.peak_bytes > made.result_bytes
+
+
+@pytest.mark.parametrize(
+    ("keep", "question"),
+    [
+        (("step", "layer", "test"), {}), (("step", "parameter"), {}), (("parameter", "train"), {}), (TRAIN, {}),
+        (TRAIN, {"strategy": "features"}), (("gradient_step", "test"), {}), (("layer",), {"gradient_steps": [1, 2]}),
+        (TRAIN, {"steps": {"a": [1, 2], "b": [4, 5]}}), (("test",), {"train": [0, 1]}), (("step", *TRAIN), {}),
+    ],
+)  # fmt: skip
+def test_what_is_planned_is_done(keep, question, known_ids):
+    question = question | ({"train": known_ids[:2]} if "train" in question else {})
+    made = explaind.plan(run(), INPUTS, keep=keep, nodes=1, **question)
+    result = explaind.attribute(run(), INPUTS, keep=keep, nodes=1, progress=False, **question)
+    assert result.attrs["strategy"] == made.strategy
+
+
+def least(**question) -> int:
+    """The least power of two that is enough."""
+    for memory in (2**k for k in range(8, 24)):
+        with contextlib.suppress(QuestionError):
+            explaind.plan(run(), INPUTS, nodes=1, memory=memory, **question)
+            return memory
+    raise AssertionError
+
+
+def test_the_passes_that_are_planned_are_made(monkeypatch):
+    """As few test samples at a time as fit, and a pass over the run for each block."""
+    module = sys.modules["explaind_core.attribute"]
+    blocks = []
+
+    class Spy(Adjoint):
+        def __init__(self, question, tape, block, *arguments, **options):
+            blocks.append(block)
+            super().__init__(question, tape, block, *arguments, **options)
+
+    monkeypatch.setattr(module, "Adjoint", Spy)
+    question = {"keep": TRAIN, "strategy": "adjoint", "nodes": 1}
+    passes = set()
+    inputs = torch.randn(7, 4).double()
+    for memory in (least(keep=TRAIN, strategy="adjoint"), 2**15, 2**16, "4GiB"):
+        blocks.clear()
+        made = explaind.plan(run(), inputs, memory=memory, **question)
+        explaind.attribute(run(), inputs, memory=memory, progress=False, **question)
+        assert made.passes == len(blocks)
+        passes.add(made.passes)
+    assert {7, 1} < passes
+
+
+@pytest.mark.parametrize(("momentum", "first"), [(0.0, 7), (0.001, 1), (0.9, 1)])
+def test_gradients_that_were_forgotten_are_not_planned(momentum, first):
+    made = explaind.plan(others(momentum), INPUTS, keep=TRAIN, steps=[7, 8], nodes=1, strategy="adjoint")
+    assert made.gradient_steps == 8 - max(first, made.gradient_steps and first) + 1
+
+
+def test_the_steps_at_which_gradients_are_planned_are_those_at_which_they_are_taken(monkeypatch):
+    module = sys.modules["explaind_core.adjoint"]
+    taken = []
+    original = module.samples_of
+
+    def spy(question, split, names):
+        taken.append(split.step)
+        return original(question, split, names)
+
+    for momentum in (0.0, 0.001, 0.9):
+        for steps in (None, [7, 8], [3], {"a": [2], "b": [6]}):
+            question = {"keep": TRAIN, "steps": steps, "nodes": 1, "strategy": "adjoint"}
+            made = explaind.plan(others(momentum), INPUTS, **question)
+            taken.clear()
+            monkeypatch.setattr(module, "samples_of", spy)
+            explaind.attribute(others(momentum), INPUTS, progress=False, **question)
+            monkeypatch.undo()
+            assert len(taken) == len({*taken})
+            # A bound: what the filter reads out may be forgotten a little sooner.
+            assert len(taken) <= made.gradient_steps <= len(taken) + 1
+
+
+# ------------------------------------------------------------------ sizes
+@settings(deadline=None, max_examples=25)
+@given(
+    keep=st.sampled_from(SUBSETS),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    steps=st.sampled_from([None, [2, 4], {"a": [1, 2], "b": [4]}]),
+    gradient_steps=st.sampled_from([None, [1, 2]]),
+    train=st.sampled_from([None, 3, {"x": 2, "y": 3}]),
+    layers=st.sampled_from([None, ["2"], {"row": {"0.weight": 1}, "bias": "0.bias"}]),
+    test=st.sampled_from([None, [1]]),
+    used=st.booleans(),
+)
+def test_the_size_of_any_result_is_known_beforehand(keep, dtype, steps, gradient_steps, train, layers, test, used):
+    one = resumed() if used else run(dtype)
+    ids = sorted({i for s in (1, 2) for i in one.sample_ids(s).tolist()})
+    train = ids[:train] if isinstance(train, int) else train and {"x": ids[:2], "y": ids[2:5]}
+    question = {
+        "keep": keep, "steps": steps, "gradient_steps": gradient_steps, "train": train, "layers": layers, "test": test,
+    }  # fmt: skip
+    inputs = INPUTS if used else INPUTS.to(dtype)
+    made = explaind.plan(one, inputs, nodes=1, **question)
+    result = explaind.attribute(one, inputs, nodes=1, progress=False, **question)
+    large = ("kernel", "regularization", "prehistory", "residual", "omitted")
+    assert made.result_bytes == sum(result[name].nbytes for name in large if name in result)
+    assert ("prehistory" in result) == used
+    assert (made.strategy, made.fits) == (result.attrs["strategy"], True)
+
+
+def resumed() -> Run:
+    return example("nesterov", "used")
+
+
+# ------------------------------------------------------------------ what cannot be
+@contextlib.contextmanager
+def at_once():
+    """Nothing may be decomposed."""
+    names = ("Decomposer.steps", "Decomposer.__init__")
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch(f"explaind_core.decompose.{name}", side_effect=AssertionError(name)))
+        yield
+
+
+@pytest.mark.parametrize(
+    ("question", "wording"),
+    [
+        ({"keep": TRAIN, "memory": 64, "strategy": "adjoint"}, "does not fit into the memory budget"),
+        ({"keep": TRAIN, "memory": 64, "strategy": "features"}, "does not fit into the memory budget"),
+        ({"keep": TRAIN, "memory": 64}, "does not fit into the memory budget"),
+        ({"keep": ("step", "parameter", "train"), "memory": 64}, "does not fit into the memory budget"),
+        ({"keep": ("gradient_step", "test"), "memory": 64}, "does not fit into the memory budget"),
+        ({"keep": ("parameter",), "memory": 64}, "does not fit into the memory budget"),
+        ({"keep": ("parameter",), "strategy": "forward"}, "cannot keep single parameters"),
+        ({"keep": ("parameter", "train"), "strategy": "forward"}, "cannot keep single parameters"),
+        ({"keep": TRAIN, "strategy": "reverse"}, "cannot tell gradients apart"),
+        ({"keep": ("test",), "gradient_steps": [1], "strategy": "reverse"}, "cannot tell gradients apart"),
+        ({"keep": ("test",), "strategy": "features"}, "cannot do without an axis or a restriction"),
+        ({"strategy": "backward"}, "there is no such strategy"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once_and_alike(question, wording):
+    with at_once():
+        error = refused(**question)
+    assert wording in error.what
+    assert error.remedy if "strategy" in error.what and "no such" not in error.what else error.expected
+
+
+# ------------------------------------------------------------------ a plan is cheap
+@pytest.mark.parametrize(("keep", "question", "expected"), PLANNED)
+def test_a_plan_replays_two_steps_and_leaves_nothing_behind(keep, question, expected, known_ids, tmp_path, monkeypatch):
+    question = question | ({"train": known_ids[:5]} if "train" in question else {})
+    seen, folders = [], []
+    original = Decomposer.steps
+
+    def steps(self, *arguments, **options):
+        for split in original(self, *arguments, **options):
+            seen.append(split.step)
+            yield split
+
+    def folder(*arguments, **options):
+        folders.append(options)
+        return made(*arguments, **options)
+
+    made = tempfile.mkdtemp
+    run()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "mkdtemp", folder)
+    monkeypatch.setattr(Decomposer, "steps", steps)
+    explaind.plan(run(), INPUTS, keep=keep, nodes=1, **question)
+    assert seen == [1, 2]
+    assert not list(tmp_path.iterdir())
+    assert not folders
+
+
+def test_a_run_of_one_step_is_planned():
+    assert explaind.plan(others(0.9, 1), INPUTS, keep=TRAIN, nodes=1).gradient_steps == 1
+
+
+TOLD = re.compile(
+    r"(?P<strategy>\w+) mode: (?P<steps>\d+) steps x (?P<nodes>[\d.]+) nodes x (?P<tangents>\d+) "
+    r"(?P<what>tangents|rows per test sample), (?P<chunks>\d+) chunk\(s\) of test samples, "
+    r"(?P<passes>\d+) pass\(es\) over the run(?:; gradients of samples at (?P<gradient_steps>\d+) steps)?; "
+    r"about (?P<seconds>\d+) s, (?P<peak>[\d.]+ \w+) at most, of which (?P<result>[\d.]+ \w+) for the result"
+    r"(?P<more>, MORE than the memory budget)?"
+)
+
+
+@pytest.mark.parametrize(("keep", "question", "expected"), PLANNED)
+def test_a_plan_tells_all_that_it_knows(keep, question, expected, known_ids):
+    question = question | ({"train": known_ids[:5]} if "train" in question else {})
+    made = explaind.plan(run(), INPUTS, keep=keep, nodes=1, **question)
+    told = TOLD.fullmatch(str(made))
+    assert told
+    for name in ("strategy", "steps", "nodes", "tangents", "chunks", "passes", "gradient_steps"):
+        assert told[name] == (f"{getattr(made, name):g}" if name == "nodes" else str(getattr(made, name) or None))
+    assert told["what"] == ("tangents" if made.strategy == "forward" else "rows per test sample")
+    assert told["seconds"] == f"{made.seconds:.0f}"
+    assert told["peak"] == readable_size(made.peak_bytes)
+    assert told["result"] == readable_size(made.result_bytes)
+    assert (told["more"] is None) == made.fits

@@ -171,3 +171,52 @@ def test_the_ladder_of_orders_ends_at_max_nodes(most):
     assert ladder[-1] <= most
     assert list(ladder) == sorted(set(ladder))
     assert Quadrature(7).ladder == (7,)
+
+
+# ------------------------------------------------------------------ nodes="left"
+@pytest.mark.parametrize("strategy", ["forward", "reverse", "features", "adjoint"])
+def test_left_is_the_first_order_at_the_parameters_before_the_step(strategy):
+    """``kernel = df/dtheta(theta_{s-1}) update``: for plain descent, ``- lr <df/dtheta, g>``, as TracIn has it."""
+    run = record_example(3, make_optimizer=lambda ps: torch.optim.SGD(ps, lr=1.0))
+    keep = ("step", "train", "test", "output") if strategy in ("features", "adjoint") else ("step", "test", "output")
+    result = explaind.attribute(run, INPUTS, keep=keep, nodes="left", strategy=strategy, progress=False)
+    gone = [d for d in result.kernel.dims if d not in ("step", "test", "output")]
+    for s in run.steps:
+        theta = {n: t.requires_grad_() for n, t in run.theta(s - 1).items()}
+        with torch.enable_grad():
+            values = torch.func.functional_call(run.model, theta, (INPUTS,))
+            rows = [torch.autograd.grad(v, list(theta.values()), retain_graph=True) for v in values.flatten()]
+        fed = run.gradients(s)
+        expected = [-sum(float((g * fed[n]).sum()) for n, g in zip(theta, row, strict=True)) for row in rows]
+        found = result.kernel.sum(gone).sel(step=s).values.ravel()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-13)
+    # f changes by more than that: what the first order misses is the residual.
+    assert float(abs(result.residual).max()) > 1e-2
+    assert explaind.closure_error(result) < 1e-12
+
+
+def test_left_is_one_node_that_makes_no_promise():
+    result = explaind.attribute(smooth(), INPUTS, nodes="left", tolerance=1e-9, progress=False)
+    assert result.nodes.values.tolist() == result.evaluations.values.tolist() == [1] * 4
+    assert result.converged.all()
+    assert result.attrs["nodes_asked"] == "left"
+    assert np.isnan(result.attrs["tolerance"])
+    assert not Quadrature("left").adaptive
+    assert Quadrature("left").ladder == (1,)
+    assert Quadrature("left").points(1) == ((0.0, 1.0),)
+
+
+def test_left_is_worse_than_a_node_in_the_middle():
+    """First order against second."""
+    assert residuals(smooth(), nodes="left").max() > 2 * residuals(smooth(), nodes=1).max()
+
+
+def test_left_of_a_chord_is_at_its_first_parameters():
+    run, keep = smooth(), ("step", "test", "output")
+    chord = explaind.attribute(run, INPUTS, keep=keep, nodes="left", chords=4, progress=False)
+    theta = run.theta(0)
+    values = torch.func.functional_call(run.model, theta, (INPUTS,))
+    moved = {n: run.theta(4)[n] - theta[n] for n in theta}
+    slope = torch.func.jvp(lambda p: torch.func.functional_call(run.model, p, (INPUTS,)), (theta,), (moved,))[1]
+    np.testing.assert_allclose(chord.kernel + chord.regularization, slope.detach()[None], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(chord.initial, values.detach(), rtol=0, atol=1e-14)
