@@ -21,6 +21,7 @@ import explaind_core as explaind
 from explaind_core.adjoint import Adjoint
 from explaind_core.budget import parse_memory, readable_size
 from explaind_core.decompose import Decomposer
+from explaind_core.entries import samples_of
 from explaind_core.errors import LayerError, QuestionError
 from explaind_core.question import Question
 from explaind_core.run import Run
@@ -216,11 +217,11 @@ PLANNED = [
     (("step",), {}, ("reverse", 1, 0, 1)),
     (("parameter", "test", "output"), {}, ("reverse", 1, 0, 3)),
     (("step", "parameter"), {}, ("reverse", 1, 0, 1)),
-    (("layer", "test", "output"), {"train": [0, 1, 2, 3, 4]}, ("forward", 1, 5, 5)),
+    (("layer", "test", "output"), {"train": [0, 1, 2, 3, 4]}, ("forward", 1, 5, None)),  # tangents: below
     (("parameter", "test"), {"train": [0, 1, 2, 3, 4]}, ("features", 1, 5, 1)),
     (("parameter", "train", "test", "output"), {}, ("features", 1, 5, 3)),
     (TRAIN, {}, ("adjoint", 1, 5, 1)),
-    (("gradient_step", "test", "output"), {}, ("adjoint", 1, 0, 3)),
+    (("gradient_step", "test", "output"), {"strategy": "adjoint"}, ("adjoint", 1, 0, 3)),
     (TRAIN, {"memory": 65_000, "strategy": "adjoint"}, ("adjoint", 1, 5, 1)),
     (TRAIN, {"strategy": "features"}, ("features", 1, 5, 1)),
     (("step", "layer", "test", "output"), {"strategy": "reverse"}, ("reverse", 1, 0, 3)),
@@ -238,8 +239,7 @@ def test_every_strategy_is_planned(keep, question, expected, known_ids):
     question = question | ({"train": known_ids[:5]} if "train" in question else {})
     made = explaind.plan(run(), INPUTS, keep=keep, nodes=1, **question)
     names = ("strategy", "passes", "gradient_steps", "tangents")
-    if "train" in question and expected[0] == "forward":
-        expected = (*expected[:3], made.tangents)
+    expected = (*expected[:3], expected[3] or made.tangents)
     assert tuple(getattr(made, name) for name in names) == expected
     assert made.steps == 5
     assert made.seconds > 0
@@ -293,32 +293,59 @@ def test_the_passes_that_are_planned_are_made(monkeypatch):
     assert {7, 1} < passes
 
 
-@pytest.mark.parametrize(("momentum", "first"), [(0.0, 7), (0.001, 1), (0.9, 1)])
-def test_gradients_that_were_forgotten_are_not_planned(momentum, first):
-    made = explaind.plan(others(momentum), INPUTS, keep=TRAIN, steps=[7, 8], nodes=1, strategy="adjoint")
-    assert made.gradient_steps == 8 - max(first, made.gradient_steps and first) + 1
+UNPLANNED = pytest.mark.xfail(strict=True, reason="plan() does not know this yet")
 
 
-def test_the_steps_at_which_gradients_are_planned_are_those_at_which_they_are_taken(monkeypatch):
-    module = sys.modules["explaind_core.adjoint"]
+@UNPLANNED
+def test_tangents_of_what_gradients_are_restricted_to_are_planned():
+    """Of two layers: the kernel of what is asked for, that of all else, and the regularization."""
+    assert explaind.plan(run(), INPUTS, gradient_steps=[1, 2], nodes=1, strategy="forward").tangents == 2 * 3
+
+
+@pytest.mark.parametrize("steps", [None, [7, 8], [3], {"a": [2], "b": [6]}])
+@pytest.mark.parametrize(
+    ("momentum", "keep", "strategy"),
+    [
+        (0.001, TRAIN, "adjoint"),
+        (0.9, TRAIN, "adjoint"),
+        (0.9, TRAIN, "features"),
+        (0.9, ("gradient_step",), "adjoint"),
+    ],
+)
+def test_gradients_of_samples_are_planned_where_they_are_taken(momentum, keep, strategy, steps):
+    planned, taken = gradient_steps(others(momentum), keep=keep, steps=steps, strategy=strategy)
+    # What is dropped is less than what a bound says it is.
+    assert len(taken) <= planned <= len(taken) + 1
+
+
+@UNPLANNED
+@pytest.mark.parametrize(
+    ("momentum", "keep", "strategy"),
+    [(0.0, TRAIN, "adjoint"), (0.001, TRAIN, "features"), (0.9, ("gradient_step",), "features")],
+)
+def test_gradients_are_planned_where_nothing_is_remembered_or_all_is_walked_through_or_none_is_split(
+    momentum, keep, strategy
+):
+    planned, taken = gradient_steps(others(momentum, 20), keep=keep, steps=[19, 20], strategy=strategy)
+    assert planned == len(taken)
+
+
+def gradient_steps(one: Run, **question) -> tuple[int, set[int]]:
+    """At how many steps gradients of samples are planned; and where they are taken."""
     taken = []
-    original = module.samples_of
 
     def spy(question, split, names):
         taken.append(split.step)
-        return original(question, split, names)
+        return samples_of(question, split, names)
 
-    for momentum in (0.0, 0.001, 0.9):
-        for steps in (None, [7, 8], [3], {"a": [2], "b": [6]}):
-            question = {"keep": TRAIN, "steps": steps, "nodes": 1, "strategy": "adjoint"}
-            made = explaind.plan(others(momentum), INPUTS, **question)
-            taken.clear()
-            monkeypatch.setattr(module, "samples_of", spy)
-            explaind.attribute(others(momentum), INPUTS, progress=False, **question)
-            monkeypatch.undo()
-            assert len(taken) == len({*taken})
-            # A bound: what the filter reads out may be forgotten a little sooner.
-            assert len(taken) <= made.gradient_steps <= len(taken) + 1
+    made = explaind.plan(one, INPUTS, nodes=1, **question)
+    with (
+        mock.patch("explaind_core.adjoint.samples_of", spy),
+        mock.patch("explaind_core.entries.samples_of", spy),
+    ):
+        explaind.attribute(one, INPUTS, nodes=1, progress=False, **question)
+    assert len(taken) == len({*taken})
+    return made.gradient_steps, {*taken}
 
 
 # ------------------------------------------------------------------ sizes
@@ -340,7 +367,7 @@ def test_the_size_of_any_result_is_known_beforehand(keep, dtype, steps, gradient
     question = {
         "keep": keep, "steps": steps, "gradient_steps": gradient_steps, "train": train, "layers": layers, "test": test,
     }  # fmt: skip
-    inputs = INPUTS if used else INPUTS.to(dtype)
+    inputs = INPUTS[:, :3] if used else INPUTS.to(dtype)
     made = explaind.plan(one, inputs, nodes=1, **question)
     result = explaind.attribute(one, inputs, nodes=1, progress=False, **question)
     large = ("kernel", "regularization", "prehistory", "residual", "omitted")
@@ -435,7 +462,10 @@ def test_a_plan_tells_all_that_it_knows(keep, question, expected, known_ids):
     told = TOLD.fullmatch(str(made))
     assert told
     for name in ("strategy", "steps", "nodes", "tangents", "chunks", "passes", "gradient_steps"):
-        assert told[name] == (f"{getattr(made, name):g}" if name == "nodes" else str(getattr(made, name) or None))
+        value = getattr(made, name)
+        assert told[name] == (
+            None if name == "gradient_steps" and not value else f"{value:g}" if name == "nodes" else str(value)
+        )
     assert told["what"] == ("tangents" if made.strategy == "forward" else "rows per test sample")
     assert told["seconds"] == f"{made.seconds:.0f}"
     assert told["peak"] == readable_size(made.peak_bytes)

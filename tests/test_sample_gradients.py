@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
-from explaind_core import factors, sample_derivatives
-from explaind_core.errors import QuestionError, RecordingError
 from explaind_core.run import Batch, MicroBatch
 from explaind_core.sample_gradients import SampleGradients
 

@@ -85,8 +85,11 @@ def compare(case, name, keep, nodes=2, **options) -> xr.Dataset:
     return result
 
 
-@pytest.mark.parametrize("case", RUNS, ids="-".join)
-@pytest.mark.parametrize("name", CHORDS)
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [*((name, RUNS[n % 2]) for n, name in enumerate(CHORDS)), *(("ragged", case) for case in RUNS[1:])],
+    ids=str,
+)
 def test_the_steps_of_a_chord_share_its_feature_map(name, case):
     """In every way to an answer, the sum over each chord is that of the straight line through its ends."""
     plain = not {"gradient_steps", "train"} & {*CHORDS[name][0]}
@@ -103,7 +106,7 @@ def test_the_steps_of_a_chord_share_its_feature_map(name, case):
             assert result.attrs["strategy"] == strategy
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(
     case=st.sampled_from(RUNS), name=st.sampled_from([*CHORDS]), keep=st.sampled_from(SUBSETS),
     nodes=st.sampled_from([1, 3, "left"]),
@@ -171,11 +174,15 @@ def test_a_chord_of_one_step_is_the_step(keep):
 
 def test_a_chord_knows_the_largest_error_of_its_steps():
     run = example("inferred")
-    steps, chords = ask(run, ("step",)), ask(run, ("step",), chords=3)
+    steps = ask(run, ("step",))
     for name in ("update_error", "correction"):
-        single = steps[name].values
-        assert len(set(single.tolist())) > 1
-        assert chords[name].values.tolist() == [single[:3].max(), single[3]]
+        single, last = steps[name].values, 0
+        for m in (2, 3, 4):
+            chords = ask(run, ("step",), chords=m)[name].values.tolist()
+            parts = [single[a : a + m] for a in range(0, 4, m)]
+            assert chords == [part.max() for part in parts]
+            last += sum(part.max() != part[-1] for part in parts)
+        assert last  # and not of the last of them
 
 
 # ------------------------------------------------------------------ windows with names
@@ -208,7 +215,7 @@ def test_windows_in_one_pass_are_the_windows_asked_for_one_by_one(keep, strategy
     together = long_result(keep, strategy)
     assert together.step.values.tolist() == [*WINDOWS]
     assert explaind.closure_error(together) < 1e-13
-    for name, steps in WINDOWS.items():
+    for name, steps in list(WINDOWS.items())[1:3]:  # others before and behind them
         alone = ask(long_run(), keep, LONG, steps={name: steps}, strategy=strategy)
         assert explaind.closure_error(alone) < 1e-13
         for variable in ("kernel", "regularization", "residual"):
