@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from explaind_core.batch_points import BatchPoint
-from explaind_core.errors import QuestionError
+from explaind_core.errors import QuestionError, RecordingError
 from explaind_core.factors import slices
 from explaind_core.feature_maps import differentiable_kernels
 from explaind_core.fed_gradients import fit_factor
@@ -225,7 +225,9 @@ class SampleGradients:
             if method == "directional" and self._forward_mode:
                 try:
                     return self._directional(parts, result)
-                except RuntimeError:  # an operator without a forward-mode derivative; a real error shows up again
+                except (RuntimeError, RecordingError):
+                    # An operator without a forward-mode derivative, or with one that is not its gradient (the padding
+                    # row of an embedding has no gradient, and moves all the same); a real error shows up again.
                     self._forward_mode = False
                     result.zero_()
 

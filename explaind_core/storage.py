@@ -86,7 +86,7 @@ def append(path: Path, identity: str, axis: str, done: int, blocks: Iterator[xr.
         done += size
         # Only now does the block count: one that a kill cuts short is computed again.
         attributes = zarr.open_group(path, mode="r+").attrs
-        attributes.update({**{k: block.attrs[k] for k in _FOUND if k in block.attrs}, "steps_done": done})
+        attributes.update({**{k: block.attrs[k] for k in (*_FOUND, *_LARGEST) if k in block.attrs}, "steps_done": done})
 
 
 def _join_counts(path: Path, axis: str, block: xr.Dataset) -> None:

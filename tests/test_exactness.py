@@ -169,15 +169,13 @@ def test_restrictions_close_through_what_they_omit(recorded):
 
 
 def test_chunks_of_test_samples_change_nothing(recorded):
-    from explaind_core.attribute import _Frame
+    from explaind_core.attribute import answer
     from explaind_core.question import Question
 
     _, run, inputs, _ = recorded
     results = []
     for chunk in (1, 3, 500):
-        question = Question.ask(run, inputs, nodes=2, chunk=chunk)
-        frame = _Frame(question)
-        results.append(frame.collect(frame.compute(question.steps, progress=False)))
+        results.append(answer(Question.ask(run, inputs, nodes=2, chunk=chunk), progress=False))
     for other in results[1:]:
         np.testing.assert_allclose(other.kernel.values, results[0].kernel.values, rtol=1e-12, atol=1e-15)
 

@@ -29,6 +29,12 @@ from explaind_core.restrictions import Sample
 #: The module, whose name in the package is that of its function.
 MODULE = sys.modules["explaind_core.similarity"]
 FLATTENED = tuple(axis for axis in AXES if axis != "test")
+#: Elementwise and not, one and two filter states, a flat rule, micro-batches, gaps, another point, a used optimizer.
+TRAINED = [
+    ("adamw", "micro"), ("nesterov", "plain"), ("nesterov", "missing"), ("shampoo", "plain"), ("muon", "used"),
+    ("lbfgs", "plain"), ("ademamix", "plain"), ("schedule-free", "evaluated"), ("lion", "plain"),
+]  # fmt: skip
+assert {*TRAINED} <= {*CASES}
 SUBSETS = [over for size in range(1, 7) for over in itertools.combinations(FLATTENED, size)]
 GRAM = ("step", "parameter", "train", "output")
 #: What is explained: as the library is told, and as the oracle is.
@@ -117,11 +123,11 @@ questions = st.fixed_dictionaries(
 
 
 # ------------------------------------------------------------------ the oracle
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
-    case=st.sampled_from(CASES),
+    case=st.sampled_from(TRAINED),
     question=questions,
-    nodes=st.sampled_from([1, 2, "left"]),
+    nodes=st.sampled_from([2, "left"]),
     output=st.sampled_from([*OUTPUTS]),
 )
 def test_any_similarity_is_the_cosine_of_the_flattened_tensors(case, question, nodes, output):
@@ -129,7 +135,7 @@ def test_any_similarity_is_the_cosine_of_the_flattened_tensors(case, question, n
     assert_same(found, cosines(oracle(*case, nodes, output), **question))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", TRAINED)
 def test_the_papers_similarity_of_every_optimizer(case):
     """Definition 4.4 as it stands, and by layer; momentum, matrices, secants, flat rules, repeated samples."""
     truth = oracle(*case)
@@ -152,6 +158,15 @@ def test_windows_have_a_matrix_each_of_their_steps_flattened_or_summed(over):
     assert found.step.values.tolist() == ["first", "last"]
     # Without a matrix each, they say which steps there are: an entry of the tensors each, or summed.
     assert_same(ask(("nesterov", "plain"), over=over, steps=windows), cosines(oracle("nesterov"), over, steps=windows))
+
+
+@pytest.mark.parametrize("per", [("step", "layer"), ("layer", "step")])
+@pytest.mark.parametrize("over", [GRAM, ("train", "output")])
+def test_matrices_come_in_the_order_that_they_are_asked_for(per, over):
+    windows = {"a": [1], "b": [2, 3], "c": [4]}
+    found = ask(("adamw", "plain"), per=per, over=over, steps=windows)
+    assert found.dims == (*per, "test", "other")
+    assert_same(found, cosines(oracle("adamw"), over, per, steps=windows))
 
 
 def test_training_samples_left_out_do_not_count_whether_flattened_or_summed():
@@ -340,7 +355,7 @@ def test_nothing_is_held_for_all_training_samples_and_parameters_or_test_samples
     generator = torch.Generator().manual_seed(2)
     data, targets = torch.randn(24, 3, generator=generator).double(), torch.randint(2, (24,), generator=generator)
     model = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2)).double()
-    batches = [list(range(a, a + 4)) for a in (0, 4, 8, 12, 16, 20)]
+    batches = [list(range(a, a + 8)) for a in (0, 8, 16)]
     run = record_batches(model, OPTIMIZERS["nesterov"], data, targets, batches)
     inputs = torch.randn(24, 3, generator=generator).double()
     with Largest() as largest:

@@ -87,7 +87,10 @@ def compare(case, name, keep, nodes=2, **options) -> xr.Dataset:
 
 @pytest.mark.parametrize(
     ("name", "case"),
-    [*((name, RUNS[n % 2]) for n, name in enumerate(CHORDS)), *(("ragged", case) for case in RUNS[1:])],
+    [
+        *((name, RUNS[n % 2]) for n, name in enumerate(CHORDS)),
+        *(("ragged", case) for case in (*RUNS[1:], ("descent", "plain"))),
+    ],
     ids=str,
 )
 def test_the_steps_of_a_chord_share_its_feature_map(name, case):
