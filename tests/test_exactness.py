@@ -173,9 +173,7 @@ def test_chunks_of_test_samples_change_nothing(recorded):
     from explaind_core.question import Question
 
     _, run, inputs, _ = recorded
-    results = []
-    for chunk in (1, 3, 500):
-        results.append(answer(Question.ask(run, inputs, nodes=2, chunk=chunk), progress=False))
+    results = [answer(Question.ask(run, inputs, nodes=2, chunk=chunk), progress=False) for chunk in (1, 3, 500)]
     for other in results[1:]:
         np.testing.assert_allclose(other.kernel.values, results[0].kernel.values, rtol=1e-12, atol=1e-15)
 
