@@ -111,6 +111,9 @@ class Question:
         segments = segments_of(windows, chords)
         if chords > 1 and all(len(w.steps) == 1 for w in windows):
             windows, segments = _joined(windows, chords)
+        if "step" not in kept:  # one window, and so one adjoint state, for all of them
+            windows = (Window("all", tuple(s for window in windows for s in window.steps)),)
+            segments = tuple(Segment(segment.steps, 0) for segment in segments)
         asked = resolve_gradient_steps(run, gradient_steps, windows[-1].steps[-1])
         split = "train" in kept or train is not None
         samples = _samples(inputs)

@@ -60,6 +60,7 @@ class Frame:
         rows: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in (*self.terms, "residual", "omitted")}
         windows: list[int] = []
         counts: dict[str, list[Any]] = {name: [] for name in _COUNTS}
+        missed = 0
         for part in parts:
             residual = part.residual.numpy().copy()
             for name in self.terms:
@@ -73,6 +74,7 @@ class Frame:
             rows["residual"].append(residual)
             rows["omitted"].append(part.omitted.numpy())
             windows.append(part.window)
+            missed += part.missed
             for name, values in counts.items():
                 values.append(getattr(part, name))
         variables: dict[str, Any] = {}
@@ -90,7 +92,7 @@ class Frame:
             attributes |= {
                 "nodes_used": int(np.sum(counts["nodes"])),
                 "nodes_evaluated": int(np.sum(counts["evaluations"])),
-                "steps_not_converged": int(np.sum(~np.array(counts["converged"]))),
+                "steps_not_converged": missed,
                 "update_error": float(np.max(counts["update_error"])),
             }
             if "correction" in counts:
@@ -125,6 +127,7 @@ class Frame:
                 converged=all(p.converged for p in parts),
                 update_error=max(p.update_error for p in parts),
                 correction=max(p.correction for p in parts),
+                missed=max(p.missed for p in parts),
             )
             for parts in zip(*blocks, strict=True)
         ]

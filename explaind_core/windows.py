@@ -24,7 +24,7 @@ class Contribution:
     Attributes:
         window: its position. terms: term -> influences. residual, omitted: over (test, output) as far as kept.
         nodes, evaluations: of the quadrature, summed over the window's segments. converged: whether all of them met the
-            tolerance. update_error, correction: the largest of its steps (see decompose).
+            tolerance, and missed: how many did not. update_error, correction: the largest of its steps (see decompose).
     """
 
     window: int
@@ -36,6 +36,7 @@ class Contribution:
     converged: bool
     update_error: float
     correction: float
+    missed: int = 0
 
 
 @dataclass
@@ -60,6 +61,7 @@ class WindowSum:
     converged: bool = True
     update_error: float = 0.0
     correction: float = 0.0
+    missed: int = 0
 
     def __post_init__(self) -> None:
         sizes = self.question.sizes(self.outputs)
@@ -77,6 +79,7 @@ class WindowSum:
         self.nodes += nodes
         self.evaluations += evaluations
         self.converged &= converged
+        self.missed += not converged
 
     def note(self, *, update_error: float, correction: float) -> None:
         """Note how well a step is explained."""
@@ -101,6 +104,7 @@ class WindowSum:
             converged=self.converged,
             update_error=self.update_error,
             correction=self.correction,
+            missed=self.missed,
         )
 
 
