@@ -95,12 +95,11 @@ def plan(run: Run, inputs: Any, **question: Any) -> Plan:
     seconds, gradient_steps = probe.seconds()
     grown = max(0, _peak() - held)
     result = asked.result_bytes(frame.outputs)
-    names, layers = term_names(run), len(asked.layers)
-    forward = choice.strategy == "forward"
+    layers, forward = len(asked.layers), choice.strategy == "forward"
     return Plan(
         strategy=choice.strategy,
         steps=len(asked.segments),
-        tangents=layers * len(names) + (asked.rest is not None)
+        tangents=layers * probe.terms() + (asked.rest is not None)
         if forward
         else frame.outputs
         if asked.keeps("output")
@@ -151,13 +150,20 @@ class _Probe:
         if self.choice.strategy == "adjoint":
             return self._adjoint(total)
         samples = 0
-        if question.splits_gradients:
-            samples = last - self._first_needed(question.steps[0]) + 1
+        if question.splits_gradients:  # forward-time features are fed from the first step on
             entries = EntryFeatures(question, self.places.names)
-            total += samples * _timed(lambda: entries.advance(self.split))
+            fed = last if entries.others else sum(s <= last for s in entries.steps)
+            entries.steps.setdefault(self.split.step, 0)
+            total += fed * _timed(lambda: entries.advance(self.split))
+            if fed < last:
+                entries.steps.clear()
+                total += (last - fed) * _timed(lambda: entries.advance(self.split))
+            samples = sum(s <= last for s in question.gradient_steps) if question.train is not None else 0
         if self.choice.strategy == "forward":
             return total + self.nodes * segments * self._tangents(), samples
-        features = EntryFeatures(question, self.places.names).advance(self.split) if samples else None
+        features = None
+        if question.splits_gradients:
+            features = EntryFeatures(question, self.places.names).advance(self.split)
         size = self._size()
         shapes = {n: t.shape for n, t in WindowSum(question, 0, self.outputs, self.names, size).terms.items()}
         points = question.quadrature.points(1)
@@ -166,6 +172,11 @@ class _Probe:
             lambda: products(small, self.places, self.split, self.names, features, [slice(0, size)], points, shapes)
         )
         return total + self.nodes * segments * one * self._blocks(size), samples
+
+    def terms(self) -> int:
+        """The terms that forward mode derives along, the kernel's entries each counted as one."""
+        split = self.question.splits_gradients
+        return len(self.names) + (EntryFeatures(self.question, self.places.names).count - 1 if split else 0)
 
     def _size(self) -> int:
         samples = self.question.function.samples
@@ -177,9 +188,7 @@ class _Probe:
     def _tangents(self) -> float:
         """One node of forward mode, for all layers, terms and entries."""
         function, theta = self.question.function, self.split.theta
-        count = len(self.names)
-        if self.question.splits_gradients:
-            count += EntryFeatures(self.question, self.places.names).count - 1
+        count = self.terms()
 
         def node() -> None:
             for layer in self.question.layers:
@@ -192,8 +201,10 @@ class _Probe:
         """From which step on gradients matter, to rounding, at step ``first``, if all steps shrink them alike."""
         factors = [0.0]
         for declared in self.split.coefficients.values():
-            a = declared.filter.A[0][0] if declared.filter.order == 1 else 1.0
-            factors.append(abs(a) if isinstance(a, float) else 1.0 if declared.filter.order else 0.0)
+            f = declared.filter
+            if f.order and any(c != 0.0 for c in f.C):  # a state that is never read remembers nothing
+                a = f.A[0][0]
+                factors.append(abs(a) if f.order == 1 and isinstance(a, float) else 1.0)
         factor = max(factors)
         if factor >= 1:
             return 1

@@ -293,10 +293,6 @@ def test_the_passes_that_are_planned_are_made(monkeypatch):
     assert {7, 1} < passes
 
 
-UNPLANNED = pytest.mark.xfail(strict=True, reason="plan() does not know this yet")
-
-
-@UNPLANNED
 def test_tangents_of_what_gradients_are_restricted_to_are_planned():
     """Of two layers: the kernel of what is asked for, that of all else, and the regularization."""
     assert explaind.plan(run(), INPUTS, gradient_steps=[1, 2], nodes=1, strategy="forward").tangents == 2 * 3
@@ -318,7 +314,6 @@ def test_gradients_of_samples_are_planned_where_they_are_taken(momentum, keep, s
     assert len(taken) <= planned <= len(taken) + 1
 
 
-@UNPLANNED
 @pytest.mark.parametrize(
     ("momentum", "keep", "strategy"),
     [(0.0, TRAIN, "adjoint"), (0.001, TRAIN, "features"), (0.9, ("gradient_step",), "features")],
