@@ -29,6 +29,8 @@ __all__ = ["Plan", "plan"]
 _GUESSED_NODES = 2.0
 #: Test samples that a backward pass is timed with.
 _PROBED = 64
+#: A piece of work that takes longer than this is not timed again.
+_PROBE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -144,11 +146,11 @@ class _Probe:
     def seconds(self) -> tuple[float, int]:
         """The estimate; and at how many steps gradients of samples are needed."""
         question = self.question
+        if self.choice.strategy == "adjoint":
+            return self._adjoint()
         last, segments = question.steps[-1], len(question.segments)
         values = _timed(lambda: question.function.values(self.split.theta))
         total = self.replay * last + values * segments
-        if self.choice.strategy == "adjoint":
-            return self._adjoint(total)
         samples = 0
         if question.splits_gradients:  # forward-time features are fed from the first step on
             entries = EntryFeatures(question, self.places.names)
@@ -213,7 +215,7 @@ class _Probe:
         needed = math.log(torch.finfo(self.question.function.dtype).eps / first) / math.log(factor)
         return max(1, first - math.ceil(needed))
 
-    def _adjoint(self, replay: float) -> tuple[float, int]:
+    def _adjoint(self) -> tuple[float, int]:
         question, rows = self.question, self.choice.rows
         block = slice(0, rows)
         size = min(rows, _PROBED) if question.keeps("test") else rows
@@ -243,13 +245,22 @@ class _Probe:
             work += last - first + 1
         # Several windows at a step share the samples' gradients, of which most of the time is made.
         shared = len(needed) + 0.25 * (work - len(needed))
-        each = self.nodes * per_map * len(question.segments) + per_step * shared + replay
-        return replay + self.choice.passes * each, len(needed) if question.train is not None else 0
+        values = _timed(lambda: question.function.values(self.split.theta, block))
+        maps = (self.nodes * per_map + 2 * values) * len(question.segments)
+        back = self.replay * (question.steps[-1] - min(needed) + 1)  # the tape is replayed as far as it is needed
+        seconds = self.replay * question.steps[-1] + self.choice.passes * (maps + per_step * shared + back)
+        return seconds, len(needed) if question.train is not None else 0
 
 
 def _timed(function: Callable[[], object]) -> float:
-    """Seconds of the second call: the first pays for tracing."""
+    """Seconds of the fastest call, the first left out: that one pays for tracing."""
     function()
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+    best, spent = math.inf, 0.0
+    for _ in range(3):
+        start = time.perf_counter()
+        function()
+        took = time.perf_counter() - start
+        best, spent = min(best, took), spent + took
+        if spent > _PROBE_SECONDS:
+            break
+    return best
