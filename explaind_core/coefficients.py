@@ -39,6 +39,10 @@ def _is_zero(coefficient: Coefficient) -> bool:
     return isinstance(coefficient, float) and coefficient == 0
 
 
+def _same(one: Coefficient, other: Coefficient) -> bool:
+    return one is other or (isinstance(one, float) and isinstance(other, float) and one == other)
+
+
 def _combine(terms: Iterator[tuple[Coefficient, Tensor]], like: Tensor) -> Tensor:
     total: Tensor | None = None
     for coefficient, x in terms:
@@ -117,13 +121,17 @@ class LinearFilter:
         )
         return out, following
 
-    def advance_each(self, state: FilterState, u: Tensor) -> tuple[Tensor, FilterState]:
-        """:meth:`advance` for a stack ``[R, ...]`` of inputs, each with a state of its own."""
-        out = _combine_each(zip((*self.C, self.D), (*state, u), strict=True), u)
+    def advance_each(self, state: FilterState, u: Tensor, *, read: bool = True) -> tuple[Tensor | None, FilterState]:
+        """:meth:`advance` for a stack ``[R, ...]`` of inputs, each with a state of its own; None if it is not read."""
         following = tuple(
             _combine_each(zip((*row, b), (*state, u), strict=True), u) for row, b in zip(self.A, self.B, strict=True)
         )
-        return out, following
+        if not read:
+            return None, following
+        for row, b, new in zip(self.A, self.B, following, strict=True):
+            if all(map(_same, (*row, b), (*self.C, self.D))):  # an average that is read out as it is
+                return new, following
+        return _combine_each(zip((*self.C, self.D), (*state, u), strict=True), u), following
 
     def adjoint(self, following: FilterState, psi: Tensor | None) -> tuple[Tensor, FilterState]:
         """The transpose of :meth:`advance`: ``u' = D^T psi + B^T z``, ``z <- A^T z + C^T psi`` (reverse time).

@@ -7,18 +7,28 @@ They take (entries) x (parameters asked for) numbers a filter state: the adjoint
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from explaind_core.coefficients import FilterState
 from explaind_core.decompose import StepDecomposition, decompose
 from explaind_core.errors import ExplaindError, RecordingError
+from explaind_core.factors import slices
 from explaind_core.operators import apply_each
 from explaind_core.question import Question
 from explaind_core.recorded import FLAT, split_flat, to_dense
 from explaind_core.sample_gradients import SampleGradients
 
-__all__ = ["EntryFeatures", "horizon", "samples_of"]
+__all__ = ["HELD", "STATES", "EntryFeatures", "horizon", "samples_of"]
+
+#: Filter states assumed per parameter: momentum has one, some optimizers two.
+STATES = 2
+#: What an entry holds, times the parameters: its gradient, and its states.
+HELD = 1 + STATES
+#: Larger blocks of features leave the processor's cache. In bytes.
+BLOCK = 2**20
 
 
 def samples_of(question: Question, split: StepDecomposition, names: list[str]) -> tuple[SampleGradients, float]:
@@ -82,37 +92,70 @@ class EntryFeatures:
         self.others = others and question.restricts_gradients
         self.count = self.asked + self.others
         self._states: dict[str, FilterState] = {}
+        self._fed: dict[str, Tensor] = {}
 
     def advance(self, split: StepDecomposition) -> dict[str, Tensor]:
         """Feed one step; the features by parameter name: ``[entries, *shape]``, in the model's dtype."""
-        fed = self._gradients(split)
-        flat = FLAT in split.coefficients
-        order = list(split.updates)
         found: dict[str, Tensor] = {}
-        for unit, declared in split.coefficients.items():
-            if flat:
-                u = torch.cat([fed[n].flatten(1) for n in order], 1)
-            elif unit in fed:
-                u = fed[unit]
-            else:
-                continue
-            u = apply_each(declared.gradient_operator, u)  # type: ignore[arg-type]
-            state = self._states.get(unit, ())
-            state = (*state, *(torch.zeros_like(u) for _ in range(declared.filter.order - len(state))))
-            out, self._states[unit] = declared.filter.advance_each(state, u)
-            h = -apply_each(declared.preconditioner, out)  # type: ignore[arg-type]
-            if flat:
-                parts = [split_flat(row, split.theta, order) for row in h]
-                found |= {n: torch.stack([part[n] for part in parts]) for n in order if n in self.names}
-            else:
-                found[unit] = h
+        for rows, name, h in self.blocks(split):
+            if name not in found:
+                found[name] = h.new_empty((self.count, *h.shape[1:]))
+            found[name][rows] = h
         return found
+
+    def feed(self, split: StepDecomposition) -> None:
+        """Feed one step whose features nobody reads."""
+        for _ in self.blocks(split, read=False):
+            pass
+
+    def blocks(self, split: StepDecomposition, *, read: bool = True) -> Iterator[tuple[slice, str, Tensor]]:
+        """Feed one step; its features block by block of entries, which are not all held at once.
+
+        States are overwritten a block at a time: what is done to a block then stays in the processor's cache.
+
+        Yields:
+            Some entries, a parameter's name, and its features ``[b, *shape]``. Nothing where they are not ``read``,
+            but all blocks must be asked for all the same.
+        """
+        fed = self._gradients(split)
+        flat, order = FLAT in split.coefficients, list(split.updates)
+        for unit, declared in split.coefficients.items():
+            parts = [fed[n] for n in order] if flat else [fed[unit]] if unit in fed else []
+            if not parts:
+                continue
+            size = sum(t[0].numel() for t in parts)
+            state, k = self._states.get(unit, ()), declared.filter.order
+            shape = (self.count, size) if flat else parts[0].shape
+            state = (*state, *(parts[0].new_zeros(shape) for _ in range(k - len(state))))
+            self._states[unit] = state
+            for rows in slices(self.count, BLOCK // (size * parts[0].itemsize)):
+                u = torch.cat([t[rows].flatten(1) for t in parts], 1) if flat else parts[0][rows]
+                u = apply_each(declared.gradient_operator, u)  # type: ignore[arg-type]
+                out, following = declared.filter.advance_each(tuple(z[rows] for z in state), u, read=read)
+                for z, new in zip(state, following, strict=True):
+                    z[rows] = new
+                if out is None:
+                    continue
+                h = -apply_each(declared.preconditioner, out)  # type: ignore[arg-type]
+                if not flat:
+                    yield rows, unit, h
+                    continue
+                split_rows = [split_flat(row, split.theta, order) for row in h]
+                for n in order:
+                    if n in self.names:
+                        yield rows, n, torch.stack([part[n] for part in split_rows])
+
+    def _zeros(self, name: str, like: Tensor) -> Tensor:
+        """``[entries, *shape]``, in the same memory at every step."""
+        if name not in self._fed:
+            self._fed[name] = like.new_empty((self.count, *like.shape))
+        return self._fed[name].zero_()
 
     def _gradients(self, split: StepDecomposition) -> dict[str, Tensor]:
         """Every entry's share of the gradient that one step was fed: ``[entries, *shape]``."""
         names = list(split.updates) if FLAT in split.coefficients else [n for n in self.names if n in split.updates]
         like = {n: split.theta[n] for n in names}
-        fed = {n: t.new_zeros((self.count, *t.shape)) for n, t in like.items()}
+        fed = {n: self._zeros(n, t) for n, t in like.items()}
         train, asked = self.question.train, split.step in self.steps
         row = self.steps.get(split.step, 0) * self.shape[1] if self.shape[0] > 1 else 0
         if not asked and not self.others:
@@ -131,7 +174,7 @@ class EntryFeatures:
         present = torch.unique(places[places >= 0])
         if not len(present):
             return fed
-        if 4 * len(present) <= len(places):  # few groups: one backward pass each
+        if 4 * len(present) <= int((places >= 0).sum()):  # few groups: one backward pass each
             weights = (places == present[:, None]).to(next(iter(fed.values())).dtype) * scale
             for n, g in samples.weighted(weights).items():
                 fed[n][present] = g.cpu()
@@ -140,7 +183,7 @@ class EntryFeatures:
             here = places[part]
             wanted = here >= 0
             for n, g in gradients.items():
-                fed[n].index_add_(0, here[wanted], (g.cpu() if bool(wanted.all()) else g.cpu()[wanted]) * scale)
+                fed[n].index_add_(0, here[wanted], g.cpu() if bool(wanted.all()) else g.cpu()[wanted], alpha=scale)
         return fed
 
 

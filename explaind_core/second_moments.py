@@ -15,13 +15,8 @@ from torch import Tensor
 from explaind_core.decompose import StepDecomposition, decompose
 from explaind_core.entries import EntryFeatures, horizon
 from explaind_core.question import Question
-from explaind_core.strategy import STATES
 
-__all__ = ["HELD", "Moments"]
-
-#: What a training sample's features are made with: its gradient, what goes in, what comes out, and the states before
-#: and after.
-HELD = 3 + 2 * STATES
+__all__ = ["Moments"]
 
 
 @dataclass
@@ -78,9 +73,9 @@ class Moments:
             features = EntryFeatures(replace(question, train=entries), self.names, others=False)
             self.advance(first - 1)
             for split in decompose(question.run, first=first, last=question.steps[-1]):
-                found = features.advance(split)
-                for name, h in found.items() if split.step in self._row else ():
-                    squares = h.double().square().sum(0).reshape(-1)
+                read = split.step in self._row
+                for _, name, h in features.blocks(split, read=read):
+                    squares = h.double().square_().sum(0).reshape(-1)
                     self._stored[self._row[split.step], self._where[name]] += squares.numpy()
                 self.advance(1)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from explaind_core.attribute import answer
 from explaind_core.budget import readable_size
 from explaind_core.decompose import StepDecomposition, decompose
+from explaind_core.entries import HELD
 from explaind_core.errors import QuestionError
 from explaind_core.progress import counted
 from explaind_core.quadrature import climb
@@ -30,7 +31,7 @@ from explaind_core.restrictions import Window, segments_of
 from explaind_core.results import Frame
 from explaind_core.reverse import feature_map, reduced
 from explaind_core.run import Run
-from explaind_core.second_moments import HELD, Moments
+from explaind_core.second_moments import Moments
 from explaind_core.stepwise import finite_values
 
 __all__ = ["similarity"]

@@ -73,12 +73,14 @@ def _segments(question: Question, first: int) -> Iterator[tuple[Segment, StepDec
     held: list[StepDecomposition] = []
     features: dict[str, Tensor] | None = None
     for split in decompose(question.run, first=start, last=question.steps[-1]):
-        found = entries.advance(split) if entries is not None else None
         segment = wanted.get(split.step)
         if segment is None:
+            if entries is not None:
+                entries.feed(split)
             continue
         held.append(split)
-        if found is not None:
+        if entries is not None:
+            found = entries.advance(split)
             known = features or {}
             features = {**known, **{n: h + known[n] if n in known else h for n, h in found.items()}}
         if split.step == segment.steps[-1]:

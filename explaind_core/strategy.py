@@ -16,14 +16,13 @@ import math
 from dataclasses import dataclass, replace
 
 from explaind_core.budget import readable_size
+from explaind_core.entries import STATES
 from explaind_core.errors import QuestionError
 from explaind_core.question import GRADIENT_AXES, Question
 from explaind_core.stepwise import row_bytes
 
 __all__ = ["Choice", "choose"]
 
-#: Filter states assumed per parameter: momentum has one, some optimizers two.
-STATES = 2
 #: Rows up to which a forward-mode derivative per row is cheaper than the gradients of all samples.
 DIRECTIONAL = 2
 #: What one step of an entry's, or a row's, state costs per parameter, in multiplications of a matrix product: these
@@ -135,8 +134,8 @@ def _features(question: Question, outputs: int) -> Choice:
     reverse = _stepwise(question, "reverse")
     names = {n for layer in question.layers for n in layer.masks}
     size = sum(question.run.parameters[n].shape.numel() for n in names)
-    # Gradients, what goes in, what comes out, and the states before and after.
-    held = entries * size * _item(question) * (3 + 2 * STATES)
+    # Gradients, states, and what is read out.
+    held = entries * size * _item(question) * (2 + STATES)
     return replace(reverse, strategy="features", working_bytes=reverse.working_bytes + held)
 
 

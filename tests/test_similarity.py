@@ -313,7 +313,7 @@ def test_a_pass_may_have_no_sample_in_a_micro_batch(train):
     assert_same(found, cosines(oracle("nesterov", "micro", 1), GRAM, train=train))
 
 
-@pytest.mark.parametrize(("over", "bytes_"), [(GRAM, 2 * 7 * 20 * 8), (("step", "parameter"), 4 * 20 * 8)])
+@pytest.mark.parametrize(("over", "bytes_"), [(GRAM, 2 * 3 * 20 * 8), (("step", "parameter"), 4 * 20 * 8)])
 def test_what_one_sample_takes_must_fit(over, bytes_):
     assert bytes_ <= least(over=over) < bytes_ + 64
     with pytest.raises(QuestionError) as error:
@@ -373,11 +373,11 @@ def test_nothing_is_left_on_disk(tmp_path, monkeypatch):
     seen = []
 
     class Broken(entries.EntryFeatures):
-        def advance(self, split):
+        def blocks(self, split, **options):
             seen.extend(tmp_path.rglob("moments"))
             if split.step == 3:
                 raise KeyboardInterrupt
-            return super().advance(split)
+            return super().blocks(split, **options)
 
     ask(run)
     assert not list(tmp_path.iterdir())
@@ -460,9 +460,9 @@ def test_gradients_that_were_forgotten_are_not_taken_and_the_result_says_so(kind
     run, taken = long_run(kind), []
 
     class Spy(entries.EntryFeatures):
-        def advance(self, split):
+        def blocks(self, split, **options):
             taken.append(split.step)
-            return super().advance(split)
+            return super().blocks(split, **options)
 
     monkeypatch.setattr(second_moments, "EntryFeatures", Spy)
     question = {"steps": slice(first, first + 2), "nodes": 1}
