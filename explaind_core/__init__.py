@@ -22,6 +22,7 @@ from explaind_core.restrictions import Sample
 from explaind_core.run import Run, open_run
 from explaind_core.scores import importance, relative_regularization, spread_residual
 from explaind_core.similarity import similarity
+from explaind_core.similarity_plan import plan_similarity
 from explaind_core.verify import Verification, verify
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "operators",
     "parameter_importance",
     "plan",
+    "plan_similarity",
     "relative_regularization",
     "similarity",
     "spread_residual",

@@ -6,7 +6,7 @@ import re
 
 from explaind_core.errors import QuestionError
 
-__all__ = ["parse_memory", "readable_size"]
+__all__ = ["check_fits", "parse_memory", "readable_size"]
 
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -39,3 +39,22 @@ def readable_size(size: int) -> str:
         if size >= _UNITS[unit]:
             return f"{size / _UNITS[unit]:.1f} {unit}"
     return f"{size} B"
+
+
+def check_fits(memory: int, needed: int, where: str, remedy: str) -> None:
+    """Refuse what takes more than the budget.
+
+    Raises:
+        QuestionError: it does.
+
+    Example:
+        >>> check_fits(100, 100, "a table", "raise memory=")
+    """
+    if needed > memory:
+        raise QuestionError(
+            "the question does not fit into the memory budget",
+            where=where,
+            expected=f"at most {readable_size(memory)}",
+            got=readable_size(needed),
+            remedy=remedy,
+        )

@@ -23,10 +23,10 @@ from explaind_core.run import Run
 from explaind_core.strategy import Choice, choose
 from explaind_core.windows import Places, WindowSum
 
-__all__ = ["Plan", "plan"]
+__all__ = ["Plan", "first_needed", "peak_memory", "plan", "plan_of", "replayed", "timed"]
 
 #: Nodes a step that are guessed where their number is chosen step by step.
-_GUESSED_NODES = 2.0
+GUESSED_NODES = 2.0
 #: Test samples that a backward pass is timed with.
 _PROBED = 64
 #: A piece of work that takes longer than this is not timed again.
@@ -88,14 +88,18 @@ def plan(run: Run, inputs: Any, **question: Any) -> Plan:
     """
     question.pop("progress", None)
     question.pop("out", None)
-    asked = Question.ask(run, inputs, **question)
+    return plan_of(Question.ask(run, inputs, **question))
+
+
+def plan_of(asked: Question) -> Plan:
+    """The plan for a question that was checked."""
     frame = Frame(asked)
     choice = choose(asked, frame.outputs)
-    nodes = _GUESSED_NODES if asked.quadrature.adaptive else float(asked.quadrature.ladder[0])
-    held = _peak()
+    nodes = GUESSED_NODES if asked.quadrature.adaptive else float(asked.quadrature.ladder[0])
+    held = peak_memory()
     probe = _Probe(asked, choice, frame.outputs, nodes)
     seconds, gradient_steps = probe.seconds()
-    grown = max(0, _peak() - held)
+    grown = max(0, peak_memory() - held)
     result = asked.result_bytes(frame.outputs)
     layers, forward = len(asked.layers), choice.strategy == "forward"
     return Plan(
@@ -118,7 +122,7 @@ def plan(run: Run, inputs: Any, **question: Any) -> Plan:
     )
 
 
-def _peak() -> int:
+def peak_memory() -> int:
     """The most memory that this process ever held; 0 where the system does not tell."""
     if sys.platform == "win32":
         return 0
@@ -128,19 +132,22 @@ def _peak() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def replayed(run: Run) -> tuple[StepDecomposition, float]:
+    """The run's second step (or its only one), and the seconds that it took."""
+    steps = Decomposer(run).steps(until=min(2, len(run.steps)))
+    first = next(steps)
+    start = time.perf_counter()
+    second = next(steps, None)  # the typical one: the first pays for what is made once
+    return (first, 0.0) if second is None else (second, time.perf_counter() - start)
+
+
 class _Probe:
     """Times one piece of each kind of work that a question needs."""
 
     def __init__(self, question: Question, choice: Choice, outputs: int, nodes: float) -> None:
         self.question, self.choice, self.outputs, self.nodes = question, choice, outputs, nodes
         self.places = Places(question)
-        decomposer = Decomposer(question.run)
-        steps = decomposer.steps(until=min(2, len(question.run.steps)))
-        self.split: StepDecomposition = next(steps)
-        self.replay = 0.0
-        start = time.perf_counter()
-        for split in steps:  # the second is the typical one: the first pays for what is made once
-            self.split, self.replay = split, time.perf_counter() - start
+        self.split, self.replay = replayed(question.run)
         self.names = term_names(question.run)
 
     def seconds(self) -> tuple[float, int]:
@@ -149,17 +156,17 @@ class _Probe:
         if self.choice.strategy == "adjoint":
             return self._adjoint()
         last, segments = question.steps[-1], len(question.segments)
-        values = _timed(lambda: question.function.values(self.split.theta))
+        values = timed(lambda: question.function.values(self.split.theta))
         total = self.replay * last + values * segments
         samples = 0
         if question.splits_gradients:  # forward-time features are fed from the first step on
             entries = EntryFeatures(question, self.places.names)
             fed = last if entries.others else sum(s <= last for s in entries.steps)
             entries.steps.setdefault(self.split.step, 0)
-            total += fed * _timed(lambda: entries.advance(self.split))
+            total += fed * timed(lambda: entries.advance(self.split))
             if fed < last:
                 entries.steps.clear()
-                total += (last - fed) * _timed(lambda: entries.advance(self.split))
+                total += (last - fed) * timed(lambda: entries.advance(self.split))
             samples = sum(s <= last for s in question.gradient_steps) if question.train is not None else 0
         if self.choice.strategy == "forward":
             return total + self.nodes * segments * self._tangents(), samples
@@ -170,7 +177,7 @@ class _Probe:
         shapes = {n: t.shape for n, t in WindowSum(question, 0, self.outputs, self.names, size).terms.items()}
         points = question.quadrature.points(1)
         small = replace(question, rest=None)
-        one = _timed(
+        one = timed(
             lambda: products(small, self.places, self.split, self.names, features, [slice(0, size)], points, shapes)
         )
         return total + self.nodes * segments * one * self._blocks(size), samples
@@ -197,23 +204,7 @@ class _Probe:
                 share = layer.share({n: t.double() for n, t in theta.items()})
                 function.derivatives(theta, [share] * count)
 
-        return _timed(node)
-
-    def _first_needed(self, first: int) -> int:
-        """From which step on gradients matter, to rounding, at step ``first``, if all steps shrink them alike."""
-        factors = [0.0]
-        for declared in self.split.coefficients.values():
-            f = declared.filter
-            if f.order and any(c != 0.0 for c in f.C):  # a state that is never read remembers nothing
-                a = f.A[0][0]
-                factors.append(abs(a) if f.order == 1 and isinstance(a, float) else 1.0)
-        factor = max(factors)
-        if factor >= 1:
-            return 1
-        if factor == 0:
-            return first
-        needed = math.log(torch.finfo(self.question.function.dtype).eps / first) / math.log(factor)
-        return max(1, first - math.ceil(needed))
+        return timed(node)
 
     def _adjoint(self) -> tuple[float, int]:
         question, rows = self.question, self.choice.rows
@@ -227,7 +218,7 @@ class _Probe:
             )
             return {n: g.flatten(0, 1) for n, g in found.items()}
 
-        per_map = _timed(lambda: phi(size)) * rows / size
+        per_map = timed(lambda: phi(size)) * rows / size
         adjoint = Adjoint(question, None, block, self.outputs, 1.0, method=self.choice.method)
         typical = phi(size)
         filled = {n: g.repeat_interleave(-(-rows // size), 0)[: len(g) * rows // size] for n, g in typical.items()}
@@ -237,22 +228,39 @@ class _Probe:
             worth = adjoint.advance(self.split, 0, filled)
             adjoint.add_kernel(self.split, worth)
 
-        per_step = _timed(one_step)
+        per_step = timed(one_step)
         needed, work = set[int](), 0
         for window in question.windows:
-            first, last = self._first_needed(window.steps[0]), window.steps[-1]
+            first, last = first_needed(self.split, window.steps[0], question.function.dtype), window.steps[-1]
             needed |= set(range(first, last + 1))
             work += last - first + 1
         # Several windows at a step share the samples' gradients, of which most of the time is made.
         shared = len(needed) + 0.25 * (work - len(needed))
-        values = _timed(lambda: question.function.values(self.split.theta, block))
+        values = timed(lambda: question.function.values(self.split.theta, block))
         maps = (self.nodes * per_map + 2 * values) * len(question.segments)
         back = self.replay * (question.steps[-1] - min(needed) + 1)  # the tape is replayed as far as it is needed
         seconds = self.replay * question.steps[-1] + self.choice.passes * (maps + per_step * shared + back)
         return seconds, len(needed) if question.train is not None else 0
 
 
-def _timed(function: Callable[[], object]) -> float:
+def first_needed(split: StepDecomposition, first: int, dtype: torch.dtype) -> int:
+    """From which step on gradients matter, to rounding, at step ``first``, if all steps shrink them alike."""
+    factors = [0.0]
+    for declared in split.coefficients.values():
+        f = declared.filter
+        if f.order and any(c != 0.0 for c in f.C):  # a state that is never read remembers nothing
+            a = f.A[0][0]
+            factors.append(abs(a) if f.order == 1 and isinstance(a, float) else 1.0)
+    factor = max(factors)
+    if factor >= 1:
+        return 1
+    if factor == 0:
+        return first
+    needed = math.log(torch.finfo(dtype).eps / first) / math.log(factor)
+    return max(1, first - math.ceil(needed))
+
+
+def timed(function: Callable[[], object]) -> float:
     """Seconds of the fastest call, the first left out: that one pays for tracing."""
     function()
     best, spent = math.inf, 0.0

@@ -16,7 +16,15 @@ from explaind_core.decompose import StepDecomposition, decompose
 from explaind_core.entries import EntryFeatures, horizon
 from explaind_core.question import Question
 
-__all__ = ["Moments"]
+__all__ = ["Moments", "restricted_to"]
+
+
+def restricted_to(question: Question, entries: slice) -> Question:
+    """The question about some entries of the train axis."""
+    assert question.train is not None
+    start, stop = entries.start, entries.stop
+    of = {k: e - start for k, e in question.train.of.items() if start <= e < stop}
+    return replace(question, train=replace(question.train, labels=question.train.labels[entries], of=of))
 
 
 @dataclass
@@ -68,9 +76,7 @@ class Moments:
         labels = question.train.labels
         size = math.ceil(len(labels) / self.passes)
         for low in range(0, len(labels), size):
-            of = {k: e - low for k, e in question.train.of.items() if low <= e < low + size}
-            entries = replace(question.train, labels=labels[low : low + size], of=of)
-            features = EntryFeatures(replace(question, train=entries), self.names, others=False)
+            features = EntryFeatures(restricted_to(question, slice(low, low + size)), self.names, others=False)
             self.advance(first - 1)
             for split in decompose(question.run, first=first, last=question.steps[-1]):
                 read = split.step in self._row

@@ -21,7 +21,7 @@ from explaind_core.errors import QuestionError
 from explaind_core.question import GRADIENT_AXES, Question
 from explaind_core.stepwise import row_bytes
 
-__all__ = ["Choice", "choose"]
+__all__ = ["Choice", "choose", "run_bytes"]
 
 #: Rows up to which a forward-mode derivative per row is cheaper than the gradients of all samples.
 DIRECTIONAL = 2
@@ -113,14 +113,14 @@ def _covered(question: Question) -> int:
     return sum(question.run.parameters[n].shape.numel() for layer in question.layers for n in layer.masks)
 
 
-def _run_bytes(question: Question) -> int:
+def run_bytes(question: Question) -> int:
     """One step of the run as it is held: four updates in float64; theta before and after, and the gradient."""
     size = sum(info.shape.numel() for info in question.run.parameters.values())
     return size * (4 * 8 + 3 * _item(question))
 
 
 def _stepwise(question: Question, strategy: str) -> Choice:
-    rows, base = question.function.samples, 2 * _run_bytes(question)
+    rows, base = question.function.samples, 2 * run_bytes(question)
     if strategy == "forward":
         return Choice(strategy, rows, 1, 1, "", 0, base)
     one = row_bytes(question)
@@ -141,8 +141,8 @@ def _features(question: Question, outputs: int) -> Choice:
 
 def _adjoint(question: Question, outputs: int) -> Choice:
     n = question.function.samples
-    segment = max(1, min(math.isqrt(question.steps[-1]), question.memory // 8 // _run_bytes(question)))
-    base = (segment + 1) * _run_bytes(question)
+    segment = max(1, min(math.isqrt(question.steps[-1]), question.memory // 8 // run_bytes(question)))
+    base = (segment + 1) * run_bytes(question)
     per_row = (outputs if question.keeps("output") else 1) * _covered(question) * _item(question)
     # phi, psi and a of one window; z and a of all of them. phi twice, while its order is searched for.
     held = per_row * (4 + len(question.windows) * (STATES + 1))

@@ -27,7 +27,7 @@ from explaind_core.question import Question
 from explaind_core.restrictions import Sample
 
 #: The module, whose name in the package is that of its function.
-MODULE = sys.modules["explaind_core.similarity"]
+MODULE = sys.modules["explaind_core.grams"]
 FLATTENED = tuple(axis for axis in AXES if axis != "test")
 #: Elementwise and not, one and two filter states, a flat rule, micro-batches, gaps, another point, a used optimizer.
 TRAINED = [
@@ -215,13 +215,13 @@ def test_samples_that_nothing_influenced_are_like_nothing():
 def test_adaptive_nodes_are_those_of_attribute(over, layers, monkeypatch):
     """Along the whole step, whatever layers are asked for; outputs summed first or not."""
     orders = []
-    original = MODULE._order
+    original = MODULE.order_of
 
     def spy(*arguments):
         orders.append(original(*arguments)[0])
         return original(*arguments)
 
-    monkeypatch.setattr(MODULE, "_order", spy)
+    monkeypatch.setattr(MODULE, "order_of", spy)
     found = ask(("rmsprop", "plain"), over=over, layers=layers, nodes="adaptive", tolerance=1e-6)
     keep = ("step", "parameter", "test", *(a for a in over if a == "output"))
     taken = explaind.attribute(
