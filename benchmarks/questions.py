@@ -74,6 +74,8 @@ def ask_demo(name: str) -> dict[str, Any]:
     output = explaind.Chosen(task.test_targets[:samples])
     before, found = peak(), {"name": name, "steps": len(run.steps)}
     if name == "similarity":
+        plan = explaind.plan_similarity(run, inputs, output=output, **question)
+        found |= {"planned_s": plan.seconds, "planned_bytes": plan.peak_bytes, "strategy": str(plan)}
         found["seconds"], result = timed(lambda: explaind.similarity(run, inputs, output=output, **question))
         found["facts"] = {"diagonal": float(np.diagonal(result.values).mean()), "mean": float(result.mean())}
     else:
