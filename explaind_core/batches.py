@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from explaind_core import trees
 from explaind_core.errors import RecordingError
+from explaind_core.forwards import ForwardState
 from explaind_core.store import RunStore
 
 __all__ = ["BatchLog", "copied"]
@@ -22,6 +24,7 @@ class BatchLog:
 
     Attributes:
         entries: one per micro-batch: where its content lies (``key``) and its ``weight``. ids: its sample ids.
+        forwards: how the model stood when it was passed through, None where no pass was seen.
     """
 
     def __init__(self, store: RunStore, train_size: int | None) -> None:
@@ -29,14 +32,43 @@ class BatchLog:
         self._known: set[str] = set()
         self.entries: list[dict[str, Any]] = []
         self.ids: list[Tensor] = []
+        self.forwards: list[ForwardState | None] = []
+        self._scales: list[float] = []
 
     def clear(self) -> None:
         """Forget what was declared."""
-        self.entries, self.ids = [], []
+        self.entries, self.ids, self.forwards, self._scales = [], [], [], []
 
     def tensors(self) -> dict[str, Tensor]:
-        """The ids, as a step file holds them."""
-        return {f"ids/{index}": ids for index, ids in enumerate(self.ids)}
+        """The ids and the random states, as a step file holds them."""
+        found = {f"ids/{index}": ids for index, ids in enumerate(self.ids)}
+        for index, forward in enumerate(self.forwards):
+            found |= {f"rng/{index}/{device}": state for device, state in (forward.rng if forward else {}).items()}
+        return found
+
+    def headers(self) -> list[dict[str, Any]]:
+        """The entries, with how the model stood, as a step's header holds them."""
+        return [
+            entry if forward is None else {**entry, "forward": forward.header()}
+            for entry, forward in zip(self.entries, self.forwards, strict=True)
+        ]
+
+    def settle(self, after: ForwardState | None, scale: float | None = None) -> None:
+        """Give every batch its pass, once the gradient is there; ``after`` is the pass behind the last batch.
+
+        A batch is declared behind its pass, or before it. In the second case no pass stands before the first batch and
+        one stands behind each; where neither holds, no pass is known to be of a batch. ``scale`` is what a gradient
+        scaler told the optimizer.
+        """
+        if scale is not None:
+            self._scales = [scale] * len(self._scales)
+        if self.forwards and self.forwards[0] is None:
+            behind = [*self.forwards[1:], after]
+            self.forwards = behind if all(behind) else [None] * len(behind)
+        self.forwards = [
+            None if forward is None else replace(forward, scale=scale)
+            for forward, scale in zip(self.forwards, self._scales, strict=True)
+        ]
 
     def drop_repeats(self, first: int, step: int) -> None:
         """Drop the entries from ``first`` on: a closure that is evaluated again declares its batch again.
@@ -56,9 +88,18 @@ class BatchLog:
                 expected="the same samples at every evaluation within one optimizer.step(closure)",
                 remedy="draw the batch outside the closure",
             )
-        del self.entries[first:], self.ids[first:]
+        del self.entries[first:], self.ids[first:], self.forwards[first:], self._scales[first:]
 
-    def declare(self, inputs: Any, targets: Any, ids: Any, weight: float, step: int) -> None:
+    def declare(
+        self,
+        inputs: Any,
+        targets: Any,
+        ids: Any,
+        weight: float,
+        step: int,
+        forward: ForwardState | None = None,
+        scale: float = 1.0,
+    ) -> None:
         """Check one micro-batch and store its content; see :meth:`explaind_core.Recorder.batch`."""
         where = f"batch of step {step}"
         try:
@@ -104,6 +145,8 @@ class BatchLog:
         self._known.add(key)
         self.entries.append({"key": key, "weight": float(weight)})
         self.ids.append(ids.to(torch.int64))
+        self.forwards.append(forward)
+        self._scales.append(float(scale))
 
 
 def copied(tensor: Tensor) -> Tensor:

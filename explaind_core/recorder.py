@@ -17,6 +17,7 @@ from explaind_core.batches import BatchLog, copied
 from explaind_core.coefficients import UpdateRule
 from explaind_core.errors import NonFiniteError, RecordingError
 from explaind_core.finite import check_gradients
+from explaind_core.forwards import ForwardWatch
 from explaind_core.iterations import Evaluation, IterationSplitter
 from explaind_core.plugins import RegisteredRule, Registry, default_registry
 from explaind_core.store import RunStore
@@ -100,6 +101,7 @@ class Recorder:
         self._writer = RunWriter(self._store, self._subject, snapshot_every)
         self._batches = BatchLog(self._store, train_size)
         self._factor = 1.0
+        self._clips: list[list[Any]] = []
         self._pending: _Pending | None = None
         self.skipped = 0
         if resume:
@@ -109,6 +111,7 @@ class Recorder:
         iterates = self._subject.rule.iterations({}) is not None
         parameters = self._subject.parameters
         self._splitter = IterationSplitter(self._subject.rule, optimizer, parameters) if iterates else None
+        self._watch = ForwardWatch(model)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -120,8 +123,10 @@ class Recorder:
         return self._writer.steps
 
     # ------------------------------------------------------------------ what the loop calls
-    def batch(self, inputs: Any, targets: Any, *, ids: Any, weight: float = 1.0) -> None:
+    def batch(self, inputs: Any, targets: Any, *, ids: Any, weight: float = 1.0, scale: float = 1.0) -> None:
         """Declare which training samples the coming step's gradient is of; once per micro-batch.
+
+        How the model stood when it was called since the last batch (its modes, autocast, the random state) is kept.
 
         Args:
             inputs: what the model was called with: a tensor, or a tuple, list or dict of tensors.
@@ -129,11 +134,13 @@ class Recorder:
             ids: which samples of the training set these are, one integer each, in order.
             weight: the factor by which this micro-batch's loss was multiplied before ``backward()``
                 (1/k for an accumulation over k micro-batches).
+            scale: the factor by which a ``GradScaler`` multiplied it beyond that (``scaler.get_scale()``), and by which
+                the gradient is divided again before the step.
 
         Raises:
             RecordingError: ids are not one integer per sample, or out of range; inputs cannot be stored.
         """
-        self._batches.declare(inputs, targets, ids, weight, self.steps + 1)
+        self._batches.declare(inputs, targets, ids, weight, self.steps + 1, self._watch.take(), scale)
 
     def discard_batch(self) -> None:
         """Forget the batches declared since the last step: their gradients will not be used.
@@ -142,7 +149,59 @@ class Recorder:
         recorder cannot see that.
         """
         self._batches.clear()
-        self._factor = 1.0
+        self._watch.take()
+        self._factor, self._clips = 1.0, []
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Clip the gradient of all trained parameters, in the model's order, by their norm, and keep that it was.
+
+        This calls ``torch.nn.utils.clip_grad_norm_``; :meth:`gradient_factor` is told by what it multiplied.
+
+        Returns:
+            The norm before clipping, ``[]``.
+        """
+        total = nn.utils.clip_grad_norm_(self._subject.trained(), max_norm, norm_type)
+        self.clipped(norm=max_norm, norm_type=norm_type, found=total)
+        return total
+
+    def clip_grad_value_(self, clip_value: float) -> None:
+        """Clip every entry of the gradient of all trained parameters to ``[-clip_value, clip_value]``, and keep that.
+
+        This calls ``torch.nn.utils.clip_grad_value_``.
+        """
+        nn.utils.clip_grad_value_(self._subject.trained(), clip_value)
+        self.clipped(value=clip_value)
+
+    def clipped(
+        self,
+        *,
+        norm: float | None = None,
+        norm_type: float = 2.0,
+        value: float | None = None,
+        found: float | Tensor | None = None,
+    ) -> None:
+        """Declare that somebody else (a training framework) clipped the coming step's gradient as torch does.
+
+        Args:
+            norm: by the norm of all trained parameters' gradients, of type ``norm_type``. value: entry by entry, after
+                that. found: the norm before clipping, which ``clip_grad_norm_`` returned, if it is known.
+
+        Raises:
+            RecordingError: neither a norm nor a value is given.
+        """
+        if norm is None and value is None:
+            raise RecordingError(
+                "clipping has a norm or a value",
+                where=f"step {self.steps + 1}",
+                remedy="recorder.clipped(norm=1.0), or recorder.clipped(value=1.0)",
+            )
+        if norm is not None:
+            self._clips.append(["norm", float(norm), float(norm_type)])
+            # A norm that is not finite leaves no finite gradient: the step is refused, or a gradient scaler skips it.
+            if found is not None and math.isfinite(found):
+                self.gradient_factor(min(1.0, float(norm) / (float(found) + 1e-6)))
+        if value is not None:
+            self._clips.append(["value", float(value)])
 
     def gradient_factor(self, factor: float) -> None:
         """Tell by what the coming step's gradient was multiplied after ``backward()``: a clip coefficient.
@@ -190,6 +249,7 @@ class Recorder:
             self._detach()
 
     def _detach(self) -> None:
+        self._watch.close()
         for handle in self._handles:
             handle.remove()
 
@@ -254,6 +314,8 @@ class Recorder:
             )
         # A GradScaler with a fused optimizer hands over scaled gradients, and lets step() run on infinities.
         scale, found = (getattr(self._subject.optimizer, name, None) for name in ("grad_scale", "found_inf"))
+        self._batches.settle(self._watch.take(), None if scale is None else float(scale))
+        pending.clips = self._clips
         if found is not None and float(found) > 0:
             pending.skipped = True
             return
@@ -311,7 +373,7 @@ class Recorder:
                 )
         for iteration in found:
             gradients, evaluations = dict(iteration.evaluations[0].gradients), list(iteration.evaluations)
-            single = SeenStep(gradients, iteration.groups, evaluations)
+            single = SeenStep(gradients, iteration.groups, evaluations, pending.clips)
             self._writer.finish(single, iteration.theta, self._batches, self._factor, iteration.state)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from explaind_core import trees
 from explaind_core.coefficients import UpdateRule, qualified_name
 from explaind_core.errors import QuestionError, StoreError
+from explaind_core.forwards import ForwardState
 from explaind_core.losses import LossFunction, rebuild_loss
 from explaind_core.plugins import Registry, default_registry
 from explaind_core.store import RunStore
@@ -37,12 +38,16 @@ class ParameterInfo:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One declared batch: ids int64 ``[n]``, inputs and targets as declared, and its loss weight."""
+    """One declared batch: ids int64 ``[n]``, inputs and targets as declared, and its loss weight.
+
+    ``forward`` tells how the model stood when it was passed through; None where no pass was seen.
+    """
 
     ids: Tensor
     inputs: Any
     targets: Any
     weight: float
+    forward: ForwardState | None = None
 
 
 @dataclass(frozen=True)
@@ -322,6 +327,11 @@ class Run:
         self.check_step(s)
         return float(self._header(s)["gradient_factor"])
 
+    def clips(self, s: int) -> tuple[tuple[Any, ...], ...]:
+        """How the gradient of step s was clipped, in order: ``("norm", max_norm, norm_type)``, ``("value", limit)``."""
+        self.check_step(s)
+        return tuple(tuple(clip) for clip in self._header(s).get("clips", ()))
+
     def sample_ids(self, s: int) -> Tensor:
         """The ids of the samples whose gradients step s was fed, in order, without reading anything else."""
         self.check_step(s)
@@ -333,12 +343,16 @@ class Run:
     def batch(self, s: int) -> Batch:
         """The batch of step s: which samples its gradient was of, with their inputs and targets."""
         self.check_step(s)
-        ids = self.store.read_tensors(self.store.step_path(s), what=f"step {s}").tensors
+        stored_step = self.store.read_tensors(self.store.step_path(s), what=f"step {s}").tensors
         micro = []
         for index, entry in enumerate(self._header(s)["batches"]):
             stored = self.store.read_tensors(self.store.batch_path(entry["key"]), what=f"the batch of step {s}")
             data = trees.unflatten(stored.header, stored.tensors)
-            micro.append(MicroBatch(ids[f"ids/{index}"], data["inputs"], data["targets"], entry["weight"]))
+            prefix = f"rng/{index}/"
+            rng = {n.removeprefix(prefix): t for n, t in stored_step.items() if n.startswith(prefix)}
+            forward = ForwardState.stored(entry.get("forward"), rng)
+            ids = stored_step[f"ids/{index}"]
+            micro.append(MicroBatch(ids, data["inputs"], data["targets"], entry["weight"], forward))
         return Batch(tuple(micro))
 
     # ------------------------------------------------------------------ the whole run

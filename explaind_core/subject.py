@@ -40,6 +40,11 @@ class Subject:
         """Copies of all buffers as they stand."""
         return {name: copied(buffer) for name, buffer in self.model.named_buffers()}
 
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters in the optimizer's groups, in the model's order."""
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        return [p for p in self.parameters.values() if id(p) in held]
+
     def check_parameters(self) -> None:
         """Refuse what cannot be recorded; groups may have been added since the last look."""
         for index, group in enumerate(self.optimizer.param_groups):

@@ -26,11 +26,17 @@ __all__ = ["RunWriter", "SeenStep"]
 
 @dataclass
 class SeenStep:
-    """What was seen of a step: the gradients as fed, the groups before it, and, if it iterates, closure calls."""
+    """What was seen of a step.
+
+    Attributes:
+        gradients: as fed. groups: before it. evaluations: closure calls, if it iterates.
+        clips: how the gradients were clipped, in order.
+    """
 
     gradients: dict[str, Tensor] = field(default_factory=dict)
     groups: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
+    clips: list[list[Any]] = field(default_factory=list)
 
 
 class RunWriter:
@@ -192,7 +198,9 @@ class RunWriter:
         for k, evaluation in enumerate(seen.evaluations[1:], 1):
             tensors |= {f"closure/{k}/{name}": gradient for name, gradient in evaluation.gradients.items()}
         structure, group_tensors = trees.flatten(seen.groups, "the parameter groups")
-        header = {"step": s, "groups": structure, "batches": batches.entries, "gradient_factor": factor}
+        header = {"step": s, "groups": structure, "batches": batches.headers(), "gradient_factor": factor}
+        if seen.clips:
+            header["clips"] = seen.clips
         if seen.evaluations:
             header["closure_losses"] = [evaluation.loss for evaluation in seen.evaluations]
         self._store.write_tensors(
