@@ -20,7 +20,7 @@ from explaind_core.losses import LossFunction
 from explaind_core.outputs import run_model
 from explaind_core.run import MicroBatch
 
-__all__ = ["BatchPoint", "tolerance"]
+__all__ = ["BatchPoint", "rebuilt", "tolerance"]
 
 _REMEDY = "a gradient has no share per sample there: keep only axes other than train"
 #: In single precision some kinks of a ReLU are decided otherwise. What is to be found (another batch, another loss)
@@ -71,7 +71,7 @@ class BatchPoint:
         cut = {i: leaves[i].detach().requires_grad_() for i in inexact}
         with torch.enable_grad():
             given = iter([cut[i].clone() if i in cut else leaf for i, leaf in enumerate(leaves)])
-            value = micro.weight * self._one_number(loss(_rebuilt(result, given), targets))
+            value = micro.weight * self._one_number(loss(rebuilt(result, given), targets))
         found: dict[int, Tensor] = {}
         if cut and value.requires_grad:
             gradients = torch.autograd.grad(value, list(cut.values()), allow_unused=True)
@@ -173,19 +173,19 @@ class BatchPoint:
         return max(sizes)
 
 
-def _rebuilt(tree: Any, tensors: Iterator[Tensor]) -> Any:
+def rebuilt(tree: Any, tensors: Iterator[Tensor]) -> Any:
     """``tree`` with other tensors, in the order of ``trees.leaves``; its containers keep their classes."""
     if isinstance(tree, Tensor):
         return next(tensors)
     if isinstance(tree, tuple):
-        values = [_rebuilt(value, tensors) for value in tree]
+        values = [rebuilt(value, tensors) for value in tree]
         make: Callable[..., Any] = getattr(type(tree), "_make", type(tree))  # a named tuple
         return make(values)
     if isinstance(tree, list):
-        return [_rebuilt(value, tensors) for value in tree]
+        return [rebuilt(value, tensors) for value in tree]
     if isinstance(tree, Mapping):
         other: Any = copy.copy(tree)
         for key in list(tree):
-            other[key] = _rebuilt(tree[key], tensors)
+            other[key] = rebuilt(tree[key], tensors)
         return other
     return tree

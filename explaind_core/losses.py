@@ -36,9 +36,9 @@ def describe_loss(loss: Callable[..., Tensor] | None) -> dict[str, Any] | None:
 
 
 def rebuild_loss(description: dict[str, Any] | None) -> LossFunction | None:
-    """The loss that :func:`describe_loss` described, if it is one of torch's own; None otherwise.
+    """The loss that :func:`describe_loss` described, if it is one of torch's own or of our integrations'; else None.
 
-    Only names inside ``torch.nn`` are looked up, so a store cannot make this run foreign code.
+    Only names inside ``torch.nn`` and of those few are looked up, so a store cannot make this run foreign code.
 
     Example:
         >>> rebuild_loss(describe_loss(torch.nn.MSELoss(reduction="sum")))
@@ -53,7 +53,9 @@ def rebuild_loss(description: dict[str, Any] | None) -> LossFunction | None:
     if module == "torch.nn.functional" and name in torch.nn.functional.__dict__ and not name.startswith("_"):
         function: LossFunction = getattr(torch.nn.functional, name)
         return function
-    return None
+    from explaind_core.integrations import losses  # a later stage; looked up by name, like torch's own
+
+    return losses.LOSSES.get(name) if module == losses.__name__ else None
 
 
 def per_sample_loss(loss: LossFunction, outputs: Any, targets: Any) -> Tensor:
