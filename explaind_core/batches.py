@@ -25,6 +25,7 @@ class BatchLog:
     Attributes:
         entries: one per micro-batch: where its content lies (``key``) and its ``weight``. ids: its sample ids.
         forwards: how the model stood when it was passed through, None where no pass was seen.
+        contents: inputs and targets, kept where ``keeps`` is set.
     """
 
     def __init__(self, store: RunStore, train_size: int | None) -> None:
@@ -34,10 +35,12 @@ class BatchLog:
         self.ids: list[Tensor] = []
         self.forwards: list[ForwardState | None] = []
         self._scales: list[float] = []
+        self.keeps = False
+        self.contents: list[dict[str, Any]] = []
 
     def clear(self) -> None:
         """Forget what was declared."""
-        self.entries, self.ids, self.forwards, self._scales = [], [], [], []
+        self.entries, self.ids, self.forwards, self._scales, self.contents = [], [], [], [], []
 
     def tensors(self) -> dict[str, Tensor]:
         """The ids and the random states, as a step file holds them."""
@@ -88,7 +91,7 @@ class BatchLog:
                 expected="the same samples at every evaluation within one optimizer.step(closure)",
                 remedy="draw the batch outside the closure",
             )
-        del self.entries[first:], self.ids[first:], self.forwards[first:], self._scales[first:]
+        del self.entries[first:], self.ids[first:], self.forwards[first:], self._scales[first:], self.contents[first:]
 
     def declare(
         self,
@@ -146,6 +149,8 @@ class BatchLog:
         self.entries.append({"key": key, "weight": float(weight)})
         self.ids.append(ids.to(torch.int64))
         self.forwards.append(forward)
+        if self.keeps:
+            self.contents.append(trees.unflatten(structure, stored))
         self._scales.append(float(scale))
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -55,11 +55,16 @@ class ForwardState:
         Raises:
             StoreError: random numbers were drawn on a device that is not here, or a submodule is missing.
         """
-        modes = {module: module.training for module in model.modules()}
         with ExitStack() as stack:
-            stack.enter_context(_generators(self.rng))
-            dtype = None if self.autocast is None else getattr(torch, self.autocast.removeprefix("torch."))
-            stack.enter_context(torch.autocast(self.device_type, dtype=dtype, enabled=dtype is not None))
+            stack.enter_context(self.standing(model))
+            stack.enter_context(self.cast())
+            yield
+
+    @contextmanager
+    def standing(self, model: nn.Module) -> Iterator[None]:
+        """:meth:`applied` without autocast, which a backward pass must not run under."""
+        modes = {module: module.training for module in model.modules()}
+        with _generators(self.rng):
             try:
                 model.train(self.training)
                 for name in self.exceptions:
@@ -68,6 +73,11 @@ class ForwardState:
             finally:
                 for module, mode in modes.items():
                     module.training = mode
+
+    def cast(self) -> AbstractContextManager[Any]:
+        """Autocast as it was, off where it was off."""
+        dtype = None if self.autocast is None else getattr(torch, self.autocast.removeprefix("torch."))
+        return torch.autocast(self.device_type, dtype=dtype, enabled=dtype is not None)
 
     def header(self) -> dict[str, Any]:
         """All but the random states, as JSON; :meth:`stored` is the inverse."""
@@ -96,6 +106,7 @@ class ForwardWatch:
 
     Args:
         model: containers that cannot be called (``nn.ModuleList``) are watched through their children.
+        first: called before every first pass that :meth:`take` will tell of.
 
     Example:
         >>> model = torch.nn.Linear(1, 1)
@@ -108,15 +119,16 @@ class ForwardWatch:
         >>> watch.close()
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, first: Callable[[], object] = tuple) -> None:
+        self._model, self._first = model, first
         self._names = [(name, module) for name, module in model.named_modules() if name]
         devices = {p.device for p in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
         self._devices = [torch.device("cpu"), *sorted(devices, key=str)]
         # Autocast is asked for where the model lies; on the processor for parts of it that lie there.
         self._types = list(dict.fromkeys(device.type for device in reversed(self._devices)))
         self._seen: ForwardState | None = None
-        self._handles = [module.register_forward_pre_hook(self._before) for module in _callable(model)]
+        self._watched = _callable(model)
+        self._handles = [module.register_forward_pre_hook(self._before) for module in self._watched]
 
     def take(self) -> ForwardState | None:
         """How the model stood before the first pass since the last call; None if there was none.
@@ -134,10 +146,19 @@ class ForwardWatch:
         for handle in self._handles:
             handle.remove()
 
-    def _before(self, _module: nn.Module, _inputs: Any) -> None:
+    def __deepcopy__(self, _memo: Any) -> ForwardWatch:
+        return self  # copies of the model have the hook too, but are not watched
+
+    def __reduce__(self) -> Any:  # a pickled model takes its hooks along
+        return ForwardWatch, (nn.Module(),)
+
+    def _before(self, module: nn.Module, _inputs: Any) -> None:
         # Inside torch.compile nothing can be looked at; what is compiled from outside calls the hook as usual.
         if self._seen is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
+        if not any(module is watched for watched in self._watched):
+            return
+        self._first()
         training = self._model.training
         cast = next((kind for kind in self._types if torch.is_autocast_enabled(kind)), None)
         self._seen = ForwardState(

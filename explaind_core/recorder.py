@@ -15,11 +15,15 @@ from torch import Tensor, nn
 
 from explaind_core.batches import BatchLog, copied
 from explaind_core.coefficients import UpdateRule
+from explaind_core.early import EarlyCheck, check_mode, no_pass
 from explaind_core.errors import NonFiniteError, RecordingError
+from explaind_core.fingerprints import fingerprint
 from explaind_core.finite import check_gradients
 from explaind_core.forwards import ForwardWatch
 from explaind_core.iterations import Evaluation, IterationSplitter
 from explaind_core.plugins import RegisteredRule, Registry, default_registry
+from explaind_core.recipes import GradientFunction
+from explaind_core.run import MicroBatch, OptimizerFactory
 from explaind_core.store import RunStore
 from explaind_core.subject import Subject
 from explaind_core.writer import RunWriter, SeenStep
@@ -51,17 +55,24 @@ class Recorder:
         loss: ``loss(output, target)``, per-sample or reduced; its name is kept, and torch's own losses can be
             rebuilt when the run is opened.
         train_size: the number of training samples; ids must be below it.
+        mode: what is written. ``"steps"``: theta_s and the gradients of every step. ``"parameters"``: theta_s only.
+            ``"snapshots"``: theta and the optimizer's state every ``snapshot_every`` steps. What is not written is
+            computed again when it is read, and must come out bit by bit; the first step is tried while recording.
         snapshot_every: the optimizer's state is kept after every that many steps.
         resume: continue the run at ``path``; the model must stand where its last recorded step left it.
         overwrite: delete the run at ``path`` first.
         rule: explain the optimizer by this rule, whatever is registered; an :class:`explaind_core.InferredRule` for one
             that nobody has declared.
         registry: the plugins to look for a rule in; all installed ones by default.
+        gradient: ``gradient(model, micro_batch)`` runs a micro-batch's backward pass as the loop does, where that is
+            not ``(loss(model(inputs), targets) * weight).backward()``; for the modes that compute gradients again.
+        make_optimizer: as for :func:`explaind_core.open_run`, for those modes as well.
 
     Raises:
         RuleNotFoundError, AmbiguousRuleError: not exactly one rule speaks for ``optimizer``.
         UnsupportedOptionError: the optimizer uses an option that its rule does not model.
-        RecordingError: the optimizer trains tensors that are not parameters of ``model``, or complex ones.
+        RecordingError: the optimizer trains tensors that are not parameters of ``model``, or complex ones; the mode
+            cannot record this training.
         StoreError: ``path`` holds something already, or cannot be written.
 
     Example:
@@ -89,16 +100,26 @@ class Recorder:
         loss: Callable[..., Tensor] | None = None,
         *,
         train_size: int | None = None,
+        mode: str = "steps",
         snapshot_every: int = 100,
         resume: bool = False,
         overwrite: bool = False,
         rule: UpdateRule | None = None,
         registry: Registry | None = None,
+        gradient: GradientFunction | None = None,
+        make_optimizer: OptimizerFactory | None = None,
     ) -> None:
         given = None if rule is None else RegisteredRule(rule, "given", "given", "-")
         self._subject = Subject(model, optimizer, given or (registry or default_registry()).rule_for(optimizer))
+        check_mode(mode, self._subject, loss, gradient)
         self._store = RunStore(path)
-        self._writer = RunWriter(self._store, self._subject, snapshot_every)
+        self._writer = RunWriter(self._store, self._subject, snapshot_every, mode)
+        self._early = None if mode == "steps" else EarlyCheck(self._subject, mode, loss, gradient)
+        self._modelled = gradient is None  # the model is called as it is, by the default recipe
+        self._reading = {"rule": rule, "registry": registry, "make_optimizer": make_optimizer}
+        # Where a step is computed again: the buffers before its pass, None before it was called.
+        self._buffers: dict[str, Tensor] | None = None
+        self._moved: dict[str, Tensor] = {}  # those of them that the last step left otherwise
         self._batches = BatchLog(self._store, train_size)
         self._factor = 1.0
         self._clips: list[list[Any]] = []
@@ -108,10 +129,11 @@ class Recorder:
             self._writer.resume()
         else:
             self._writer.start(loss, train_size, overwrite=overwrite)
+        self._threads = self._writer.threads
         iterates = self._subject.rule.iterations({}) is not None
         parameters = self._subject.parameters
         self._splitter = IterationSplitter(self._subject.rule, optimizer, parameters) if iterates else None
-        self._watch = ForwardWatch(model)
+        self._watch = ForwardWatch(model, self._before_pass)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -140,6 +162,7 @@ class Recorder:
         Raises:
             RecordingError: ids are not one integer per sample, or out of range; inputs cannot be stored.
         """
+        self._batches.keeps = self._early is not None and self._early.due(self.steps + 1)
         self._batches.declare(inputs, targets, ids, weight, self.steps + 1, self._watch.take(), scale)
 
     def discard_batch(self) -> None:
@@ -150,7 +173,7 @@ class Recorder:
         """
         self._batches.clear()
         self._watch.take()
-        self._factor, self._clips = 1.0, []
+        self._factor, self._clips, self._buffers = 1.0, [], None
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clip the gradient of all trained parameters, in the model's order, by their norm, and keep that it was.
@@ -199,7 +222,7 @@ class Recorder:
             self._clips.append(["norm", float(norm), float(norm_type)])
             # A norm that is not finite leaves no finite gradient: the step is refused, or a gradient scaler skips it.
             if found is not None and math.isfinite(found):
-                self.gradient_factor(min(1.0, float(norm) / (float(found) + 1e-6)))
+                self._factor *= min(1.0, float(norm) / (float(found) + 1e-6))
         if value is not None:
             self._clips.append(["value", float(value)])
 
@@ -211,7 +234,14 @@ class Recorder:
 
         Raises:
             NonFiniteError: the factor is NaN or infinite.
+            RecordingError: in a mode that computes gradients again: a factor does not tell how it was rounded.
         """
+        if self._early is not None and factor != 1.0:
+            raise RecordingError(
+                "a factor alone does not tell how the gradient was rounded",
+                where=f"mode={self._writer.mode!r}, step {self.steps + 1}",
+                remedy="use recorder.clip_grad_norm_, or declare clipping with recorder.clipped; or mode='steps'",
+            )
         if not math.isfinite(factor):
             raise NonFiniteError("the gradient factor is not finite", where=f"step {self.steps + 1}", got=factor)
         self._factor *= float(factor)
@@ -294,9 +324,20 @@ class Recorder:
             return (args[0], watched, *args[2:]), kwargs
         return args, {**kwargs, "closure": watched}
 
+    def _before_pass(self) -> None:
+        """The model is about to be called: note buffers that something changed since the last step."""
+        if self._early is None or self._buffers is not None:
+            return
+        self._moved = self._writer.buffers_moved()
+        self._buffers = self._subject.buffers() if self._early.due(self.steps + 1) else {}
+
     def _check_untouched(self, how: str) -> None:
+        if self._writer.marks is not None:
+            self._writer.marks.check(how, self.steps)
+            return
+        same = self._subject.untouched if self._early is None else torch.equal
         for name, parameter in self._subject.parameters.items():
-            if not self._subject.untouched(self._writer.last[name], parameter.detach().cpu()):
+            if not same(self._writer.last[name], parameter.detach().cpu()):
                 raise RecordingError(
                     f"a parameter changed {how}",
                     where=f"parameter {name!r}, between step {self.steps} and step {self.steps + 1}",
@@ -320,12 +361,41 @@ class Recorder:
             pending.skipped = True
             return
         for name, gradient in self._fed(pending).items():
-            copy = gradient.detach().clone()
-            pending.gradients[name] = copy if scale is None else copy / scale.to(copy.device)
+            # Looked at only where they are not written: a copy would be for nothing.
+            given = gradient.detach().clone() if self._early is None else gradient.detach()
+            pending.gradients[name] = given if scale is None else given / scale.to(given.device)
         if found is None:  # otherwise infinities are the gradient scaler's business
             check_gradients(pending.gradients, self.steps + 1)
+        if self._early is not None:
+            self._prepare_again(self._early, pending)
         if self._splitter is not None:
             self._see_again(pending, loss)
+
+    def _prepare_again(self, early: EarlyCheck, pending: _Pending) -> None:
+        """Note what it takes to compute this step's gradient again, and try it where that is due."""
+        batches, step, mode = self._batches, self.steps + 1, self._writer.mode
+        if self._modelled and None in batches.forwards:
+            raise no_pass(mode, step)
+        if any(gradient.is_sparse for gradient in pending.gradients.values()):
+            raise RecordingError("a gradient is sparse", where=f"mode={mode!r}, step {step}", remedy="use mode='steps'")
+        if self._buffers is None:  # gradient= does without calling the model
+            self._before_pass()
+        pending.buffers_before = self._moved
+        if batches.keeps and batches.contents:
+            batch = [
+                MicroBatch(ids, content["inputs"], content["targets"], entry["weight"], forward)
+                for ids, content, entry, forward in zip(
+                    batches.ids, batches.contents, batches.entries, batches.forwards, strict=True
+                )
+            ]
+            early.check(batch, self._buffers or {}, pending.gradients, pending.clips, step)
+        pending.again = {"unfed": [n for g in pending.groups for n in g["params"] if n not in pending.gradients]}
+        if mode == "parameters":
+            pending.again["gradient_hash"] = fingerprint(pending.gradients)
+        if early.recipe.header():
+            pending.again["recipe"] = early.recipe.header()
+        if (threads := torch.get_num_threads()) != self._threads:
+            pending.again["threads"] = threads
 
     def _fed(self, pending: _Pending) -> dict[str, Tensor]:
         gradients = {n: self._subject.parameters[n].grad for group in pending.groups for n in group["params"]}
@@ -349,13 +419,18 @@ class Recorder:
             raise RecordingError(
                 "the optimizer never evaluated its closure", where=f"step {self.steps + 1}", remedy="pass no closure"
             )
-        theta = self._subject.theta()
         if pending.skipped:
             self.skipped += 1
             self.discard_batch()
             return
+        if self._writer.marks is None:
+            theta = self._subject.theta()
+        else:  # only looked at
+            theta = {name: parameter.detach() for name, parameter in self._subject.parameters.items()}
         if self._splitter is None:
             self._writer.finish(pending, theta, self._batches, self._factor)
+            if self._early is not None and self._writer.marks is not None and self.steps == 1:
+                self._early.check_reading(self._store.path, **self._reading)
         else:
             self._finish_iterations(self._splitter, pending, theta)
         self.discard_batch()

@@ -60,10 +60,11 @@ class Replay:
         RuleNotFoundError: the rule that the run was recorded with is not registered.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, parameters: Mapping[str, nn.Parameter] | None = None) -> None:
         self.run = run
         start = run.theta(0)
-        self._parameters = {name: nn.Parameter(start[name].clone()) for name in run.parameters}
+        # A run that is computed again gives the parameters of a model.
+        self._parameters = dict(parameters or {name: nn.Parameter(start[name].clone()) for name in run.parameters})
         self.optimizer = self._build()
         self._built_with = [set(group) for group in self.optimizer.param_groups]
         self.load(run.optimizer_state(0))
@@ -175,6 +176,16 @@ class Replay:
                 trained_before if elsewhere else None,
             )
             before_theta, before_state = theta, after_state
+
+    def step_again(
+        self,
+        groups: tuple[dict[str, Any], ...],
+        gradients: dict[str, Tensor],
+        outside: Mapping[str, Mapping[str, Tensor]],
+    ) -> None:
+        """Make the optimizer's next step, from where the parameters and its state stand."""
+        self._set_groups(groups)
+        self._step(gradients, (), outside)
 
     def _step(
         self,

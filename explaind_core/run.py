@@ -6,9 +6,9 @@ import copy
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xarray as xr
@@ -20,7 +20,11 @@ from explaind_core.errors import QuestionError, StoreError
 from explaind_core.forwards import ForwardState
 from explaind_core.losses import LossFunction, rebuild_loss
 from explaind_core.plugins import Registry, default_registry
-from explaind_core.store import RunStore
+from explaind_core.store import RunStore, StoredFile
+
+if TYPE_CHECKING:  # later stages, which need a Run
+    from explaind_core.recipes import GradientFunction
+    from explaind_core.rerun import Rerun
 
 __all__ = ["Batch", "MicroBatch", "ParameterInfo", "Run", "open_run"]
 
@@ -88,6 +92,7 @@ class Run:
         model: a private copy of the architecture in evaluation mode, None if none was given.
         loss: the recorded loss if it is one of torch's own or was given, None otherwise.
         complete: whether the recording ended in order.
+        mode: what was stored: ``"steps"``, ``"parameters"`` or ``"snapshots"``; the rest is computed again.
         rule: the rule that was given, or inferred; None where the registered one explains the run.
         point: which parameters ``theta`` returns: ``"gradient"`` or ``"evaluated"`` (see :func:`open_run`).
     """
@@ -103,6 +108,7 @@ class Run:
         point: str = "gradient",
         rule: UpdateRule | None = None,
         registry: Registry | None = None,
+        gradient: GradientFunction | None = None,
     ) -> None:
         self.store = RunStore(path)
         self.manifest = self.store.read_manifest()
@@ -120,6 +126,10 @@ class Run:
         self.complete = self.store.read_json("closed.json") is not None
         self.model = None if model is None else self._check_model(model)
         self.loss = loss if loss is not None else rebuild_loss(self.manifest["loss"])
+        self.mode: str = self.manifest.get("mode", "steps")
+        self._gradient = gradient
+        #: As it was given: of a run that is computed again, not even an evaluation mode may be set for good.
+        self._architecture = None if model is None or self.mode == "steps" else copy.deepcopy(model)
         #: In which mode the model's gradients are the recorded ones, as far as is known.
         self.trains_in_training_mode = True
         self._models: dict[bool, nn.Module] = {}
@@ -233,6 +243,46 @@ class Run:
         header: dict[str, Any] = self.store.read_header(self.store.step_path(s), what=f"step {s}")
         return header
 
+    def step_header(self, s: int) -> Mapping[str, Any]:
+        """What was stored of step s as JSON."""
+        header: Mapping[str, Any] = self._header(self.check_step(s))
+        return header
+
+    @cached_property
+    def _rerun(self) -> Rerun:
+        from explaind_core.rerun import Rerun  # the next stage, borrowed: it needs a Run
+
+        return Rerun(self, self._architecture, self.loss, self._gradient)
+
+    def _step(self, s: int) -> StoredFile:
+        """All of step s, computed again where it was not stored."""
+        if self.mode == "snapshots":
+            return self._rerun.stored(s)
+        return self.store.read_tensors(self.store.step_path(s), what=f"step {s}")
+
+    def _after(self, s: int) -> Mapping[str, Tensor]:
+        """The tensors that hold theta and the buffers after step s; of a snapshot without computing anything."""
+        if self.mode == "snapshots" and s in self._kept:
+            return self.store.read_tensors(self.store.snapshot_path(s), what=f"the snapshot after step {s}").tensors
+        return self._step(s).tensors
+
+    @cached_property
+    def _kept(self) -> frozenset[int]:
+        return frozenset(self.snapshots()) - {0}
+
+    def trained_until(self, snapshot: int) -> list[str]:
+        """The parameters that had been in the optimizer's groups by then, of a run that keeps snapshots."""
+        if snapshot == 0:
+            return []
+        path = self.store.snapshot_path(snapshot)
+        names: list[str] = self.store.read_header(path, what=f"the snapshot after step {snapshot}")["trained"]
+        return names
+
+    def close(self) -> None:
+        """Delete what was kept on disk of steps that were computed again. The run can be read on."""
+        if "_rerun" in self.__dict__:
+            self._rerun.close()
+
     def theta(self, s: int, *, point: str | None = None) -> dict[str, Tensor]:
         """The parameters after step s; ``theta(0)`` is the initialisation. Every tensor has its own storage.
 
@@ -242,27 +292,28 @@ class Run:
         self.check_step(s, first=0)
         evaluated = (self.point if point is None else self._check_point(point)) == "evaluated"
         if s == 0:
-            start = self._start("theta/") | (self._start("evaluated/") if evaluated else {})
+            start = self.start_tensors("theta/") | (self.start_tensors("evaluated/") if evaluated else {})
             return {n: start[n] for n in self.parameters}
-        stored = self.store.read_tensors(self.store.step_path(s), what=f"step {s}").tensors
+        stored = self._after(s)
         found = {n: stored[f"theta/{n}"] for n in self.parameters if f"theta/{n}" in stored}
         if evaluated:
             found |= {n: stored[f"evaluated/{n}"] for n in self.parameters if f"evaluated/{n}" in stored}
         if len(found) < len(self.parameters):  # the others were never trained up to here
-            found = self._start("theta/") | found
+            found = self.start_tensors("theta/") | found
         return {n: found[n] for n in self.parameters}
 
-    def _start(self, prefix: str) -> dict[str, Tensor]:
+    def start_tensors(self, prefix: str) -> dict[str, Tensor]:
+        """What was stored before step 1 under names that begin with ``prefix``: ``theta/``, ``buffer/``."""
         tensors = self.store.read_tensors(self.store.start_path, what="the start of the run").tensors
         return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
     def buffers(self, s: int | None = None) -> dict[str, Tensor]:
         """The model's buffers after step s (the last one by default), such as running statistics."""
         s = len(self.steps) if s is None else self.check_step(s, first=0)
-        start = self._start("buffer/")
+        start = self.start_tensors("buffer/")
         if s == 0:
             return start
-        stored = self.store.read_tensors(self.store.step_path(s), what=f"step {s}").tensors
+        stored = self._after(s)
         return start | {n.removeprefix("buffer/"): t for n, t in stored.items() if n.startswith("buffer/")}
 
     def hyper(self, s: int) -> tuple[dict[str, Any], ...]:
@@ -285,7 +336,10 @@ class Run:
     def gradients(self, s: int) -> dict[str, Tensor]:
         """The gradients that step s was fed, in the order of ``parameters``; one without a gradient is left out."""
         self.check_step(s)
-        stored = self.store.read_tensors(self.store.step_path(s), what=f"step {s}").tensors
+        if self.mode == "parameters":
+            computed = self._rerun.gradients(s)
+            return {n: computed[n].cpu().clone() for n in self.parameters if n in computed}
+        stored = self._step(s).tensors
         found = {}
         for name, info in self.parameters.items():
             if f"gradient/{name}" in stored:
@@ -321,6 +375,12 @@ class Run:
                 _, entry, name = key.split("/", 2)
                 found.setdefault(name, {})[entry] = tensor
         return found
+
+    def buffers_before(self, s: int) -> dict[str, Tensor]:
+        """The buffers that something outside the training step changed between step s - 1 and the pass of step s."""
+        names = self.step_header(s).get("buffers_before", ())
+        path = self.store.step_path(s)
+        return {n: self.store.read_tensor(path, f"before/{n}") for n in names}
 
     def gradient_factor(self, s: int) -> float:
         """The factor (clip coefficient) that the recorder was told for step s, 1 if none."""
@@ -421,6 +481,7 @@ def open_run(
     point: str = "gradient",
     rule: UpdateRule | None = None,
     registry: Registry | None = None,
+    gradient: GradientFunction | None = None,
 ) -> Run:
     """Open a recorded run: lazily, read-only, from any process, without running code from the store.
 
@@ -436,6 +497,9 @@ def open_run(
             ``"gradient"`` explains the training parameters y, ``"evaluated"`` the model after ``optimizer.eval()``, x.
         rule: explain the run by this rule, and not by the one it was recorded with.
         registry: the plugins to look for rules in; all installed ones by default.
+        gradient: ``gradient(model, micro_batch)`` runs a micro-batch's backward pass as the loop did, for runs that are
+            computed again (``mode="parameters"``, ``mode="snapshots"``) and whose loop does not call
+            ``(loss(model(inputs), targets) * weight).backward()``.
 
     Raises:
         StoreError: no run, another version, truncated, or recorded with another model.
@@ -448,5 +512,13 @@ def open_run(
         ...
     """
     return Run(
-        path, model, loss=loss, make_optimizer=make_optimizer, until=until, point=point, rule=rule, registry=registry
+        path,
+        model,
+        loss=loss,
+        make_optimizer=make_optimizer,
+        until=until,
+        point=point,
+        rule=rule,
+        registry=registry,
+        gradient=gradient,
     )

@@ -32,6 +32,11 @@ class Subject:
         self.check_parameters()
         self.groups()  # refuses options before anything is written
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return next((p.device for p in self.parameters.values()), torch.device("cpu"))
+
     def theta(self) -> dict[str, Tensor]:
         """Copies of all parameters as they stand."""
         return {name: copied(parameter) for name, parameter in self.parameters.items()}

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,12 +14,17 @@ from torch import Tensor
 from explaind_core import trees
 from explaind_core.batches import BatchLog, copied
 from explaind_core.coefficients import qualified_name
+from explaind_core.environment import environment
 from explaind_core.errors import RecordingError, StoreError
 from explaind_core.finite import check_parameters
 from explaind_core.iterations import Evaluation
 from explaind_core.losses import describe_loss
+from explaind_core.marks import Marks
 from explaind_core.store import FORMAT, VERSION, RunStore
 from explaind_core.subject import Subject
+
+if TYPE_CHECKING:
+    from explaind_core.run import Run  # reading is the next stage
 
 __all__ = ["RunWriter", "SeenStep"]
 
@@ -31,24 +36,33 @@ class SeenStep:
     Attributes:
         gradients: as fed. groups: before it. evaluations: closure calls, if it iterates.
         clips: how the gradients were clipped, in order.
+        buffers_before: buffers that did not stand where the last step left them when the model was called.
+        again: what else is needed to compute the gradients again, as JSON.
     """
 
     gradients: dict[str, Tensor] = field(default_factory=dict)
     groups: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     clips: list[list[Any]] = field(default_factory=list)
+    buffers_before: dict[str, Tensor] = field(default_factory=dict)
+    again: dict[str, Any] = field(default_factory=dict)
 
 
 class RunWriter:
     """Appends steps to a run store.
 
+    Args:
+        mode: what is written of a step: see :class:`explaind_core.Recorder`.
+
     Attributes:
-        steps: how many are finished. last: the parameters that the last one left.
+        steps: how many are finished. threads: torch's, when the run was begun.
+        last: the parameters that the last one left, where they are written at every step.
     """
 
-    def __init__(self, store: RunStore, subject: Subject, snapshot_every: int) -> None:
-        self._store, self._subject, self.snapshot_every = store, subject, snapshot_every
-        self.steps = 0
+    def __init__(self, store: RunStore, subject: Subject, snapshot_every: int, mode: str = "steps") -> None:
+        self._store, self._subject, self.snapshot_every, self.mode = store, subject, snapshot_every, mode
+        self.steps, self.threads = 0, torch.get_num_threads()
+        self.marks = Marks(subject) if mode == "snapshots" else None
         self.last: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
         # What a step file holds: all that ever was trained, or changed, so that one file tells a whole state.
@@ -75,10 +89,12 @@ class RunWriter:
             self._store.read_manifest()  # never delete what is not a run
             shutil.rmtree(path)
         trained = {name for group in subject.groups() for name in group["params"]}
-        self.last, self._buffers = subject.theta(), subject.buffers()
-        start = {f"theta/{n}": t for n, t in self.last.items()} | {f"buffer/{n}": t for n, t in self._buffers.items()}
+        theta, buffers = subject.theta(), subject.buffers()
+        start = {f"theta/{n}": t for n, t in theta.items()} | {f"buffer/{n}": t for n, t in buffers.items()}
         header, tensors = self._state()
-        start |= {f"evaluated/{n}": t for n, t in subject.evaluated(self.last).items()}
+        start |= {f"evaluated/{n}": t for n, t in subject.evaluated(theta).items()}
+        if self.marks is None:
+            self.last, self._buffers = theta, buffers
         self._store.write_tensors(self._store.start_path, header, start | tensors)
         # The manifest comes last: a folder without one is not a run.
         self._store.write_json(
@@ -88,6 +104,9 @@ class RunWriter:
                 "version": VERSION,
                 "created_with": version("explaind-core"),
                 "torch": torch.__version__,
+                "mode": self.mode,
+                "snapshot_every": self.snapshot_every,
+                "environment": environment(subject.device),
                 "model": qualified_name(type(subject.model)),
                 "optimizer": qualified_name(type(subject.optimizer)),
                 "optimizer_defaults": sorted(subject.optimizer.defaults),
@@ -107,7 +126,7 @@ class RunWriter:
                     {"name": n, "shape": list(p.shape), "dtype": str(p.dtype), "trained": n in trained}
                     for n, p in subject.parameters.items()
                 ],
-                "buffers": sorted(self._buffers),
+                "buffers": sorted(buffers),
             },
         )
 
@@ -130,21 +149,52 @@ class RunWriter:
                 got=given,
                 remedy="resume with the recorded one, or start a new run",
             )
+        if run.mode != self.mode:
+            raise RecordingError(
+                "the run was recorded in another mode",
+                where=self._store.path,
+                expected=f"mode={run.mode!r}",
+                got=f"mode={self.mode!r}",
+                remedy="resume in the recorded one, or start a new run",
+            )
         self.steps = len(run.steps)
-        self.last = run.theta(self.steps)
-        self._buffers = run.buffers(self.steps)
-        self._ever_trained = {n for s in run.steps for group in run.hyper(s) for n in group["params"]}
-        start = run.buffers(0)
-        self._ever_changed = {n for n, b in self._buffers.items() if n not in start or not torch.equal(b, start[n])}
-        for name, parameter in subject.parameters.items():
-            if not subject.untouched(self.last[name], copied(parameter)):
-                raise RecordingError(
-                    f"the model does not stand where step {self.steps} of the run left it",
-                    where=f"parameter {name!r}",
-                    remedy="load that state first: explaind.open_run(...).restore(model, optimizer)",
-                )
+        self.threads = run.manifest.get("environment", {}).get("threads", self.threads)
+        self._ever_trained = {n for s in run.steps for group in run.step_header(s)["groups"] for n in group["params"]}
+        self._stand_behind(run)
         (self._store.path / "closed.json").unlink(missing_ok=True)
         self._snapshot(None)
+
+    def _stand_behind(self, run: Run) -> None:
+        """Compare where the model stands with where the run ended."""
+        subject, start, moved = self._subject, run.start_tensors("buffer/"), None
+        if self.marks is None:
+            self.last, self._buffers = run.theta(self.steps), run.buffers(self.steps)
+            for name, parameter in subject.parameters.items():
+                if not subject.untouched(self.last[name], copied(parameter)):
+                    moved = f"parameter {name!r}"
+                    break
+            buffers = self._buffers
+        else:
+            self.marks.set_starts(run.start_tensors("theta/"))
+            self.marks.set(self._ever_trained or [n for g in subject.groups() for n in g["params"]])
+            buffers = subject.buffers()
+            if self.steps:
+                left = run.step_header(self.steps)
+                moved = next((key for key, value in self.marks.header.items() if left[key] != value), None)
+                self.marks.check_frozen(self.steps)
+        if moved is not None:
+            raise RecordingError(
+                f"the model does not stand where step {self.steps} of the run left it",
+                where=moved,
+                remedy="load that state first: explaind.open_run(...).restore(model, optimizer)",
+            )
+        self._ever_changed = {n for n, b in buffers.items() if n not in start or not torch.equal(b, start[n])}
+
+    def buffers_moved(self) -> dict[str, Tensor]:
+        """Copies of the buffers that do not stand where the last step left them."""
+        if self.marks is not None:
+            return self._subject.buffers() if self.marks.moved_buffers() else {}
+        return {n: b for n, b in self._subject.buffers().items() if not torch.equal(b, self._buffers[n])}
 
     def finish(
         self,
@@ -166,39 +216,32 @@ class RunWriter:
         check_parameters({name: theta[name] for name in seen.gradients}, self.steps + 1)
         self._write(seen, theta, batches, factor)
         self.steps += 1
-        self.last = theta
+        if self.marks is None:
+            self.last = theta
         if self.steps % self.snapshot_every == 0:
             self._snapshot(state)
 
     def _write(self, seen: SeenStep, theta: dict[str, Tensor], batches: BatchLog, factor: float) -> None:
-        s = self.steps + 1
         self._ever_trained.update(name for group in seen.groups for name in group["params"])
-        for name in self._subject.parameters.keys() - self._ever_trained:
-            if not torch.equal(theta[name], self.last[name]):
-                raise RecordingError(
-                    "a parameter that the optimizer does not train changed", where=f"{name!r}, step {s}"
-                )
-        tensors = {f"theta/{name}": theta[name] for name in self._ever_trained} | batches.tensors()
-        for name, gradient in seen.gradients.items():
-            if gradient.is_sparse:
-                # As fed: coalescing is the optimizer's business.
-                tensors[f"sparse_indices/{name}"] = gradient._indices()
-                tensors[f"sparse_values/{name}"] = gradient._values()
-            else:
-                tensors[f"gradient/{name}"] = gradient
-        buffers = self._subject.buffers()
-        for name, buffer in buffers.items():
-            if name not in self._buffers or not torch.equal(buffer, self._buffers[name]):
-                self._ever_changed.add(name)
-        tensors |= {f"buffer/{name}": buffers[name] for name in self._ever_changed & buffers.keys()}
-        tensors |= {f"evaluated/{n}": t for n, t in self._subject.evaluated(theta).items()}
+        tensors, again = batches.tensors(), dict(seen.again)
+        if self.marks is None:
+            tensors |= self._position(theta)
+        else:
+            self.marks.set(self._ever_trained)
+            again |= self.marks.header
+        if self.mode == "steps":
+            tensors |= _gradients(seen.gradients)
+        tensors |= {f"before/{n}": b for n, b in seen.buffers_before.items()}
+        if seen.buffers_before:
+            again["buffers_before"] = list(seen.buffers_before)
         outside = self._subject.outside(self._outside)
         self._outside |= outside
         tensors |= {f"outside/{key}": t for key, t in outside.items()}
         for k, evaluation in enumerate(seen.evaluations[1:], 1):
             tensors |= {f"closure/{k}/{name}": gradient for name, gradient in evaluation.gradients.items()}
         structure, group_tensors = trees.flatten(seen.groups, "the parameter groups")
-        header = {"step": s, "groups": structure, "batches": batches.headers(), "gradient_factor": factor}
+        s = self.steps + 1
+        header = {"step": s, "groups": structure, "batches": batches.headers(), "gradient_factor": factor} | again
         if seen.clips:
             header["clips"] = seen.clips
         if seen.evaluations:
@@ -206,7 +249,22 @@ class RunWriter:
         self._store.write_tensors(
             self._store.step_path(s), header, tensors | {f"group/{k}": t for k, t in group_tensors.items()}
         )
+
+    def _position(self, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What tells where the model stands after the coming step."""
+        for name in self._subject.parameters.keys() - self._ever_trained:
+            if not torch.equal(theta[name], self.last[name]):
+                raise RecordingError(
+                    "a parameter that the optimizer does not train changed", where=f"{name!r}, step {self.steps + 1}"
+                )
+        tensors = {f"theta/{name}": theta[name] for name in self._ever_trained}
+        buffers = self._subject.buffers()
+        for name, buffer in buffers.items():
+            if name not in self._buffers or not torch.equal(buffer, self._buffers[name]):
+                self._ever_changed.add(name)
+        tensors |= {f"buffer/{name}": buffers[name] for name in self._ever_changed & buffers.keys()}
         self._buffers = buffers
+        return tensors | {f"evaluated/{n}": t for n, t in self._subject.evaluated(theta).items()}
 
     def _state(self, state: Mapping[str, Mapping[str, Any]] | None = None) -> tuple[Any, dict[str, Tensor]]:
         state = self._subject.state() if state is None else state
@@ -214,4 +272,25 @@ class RunWriter:
         return {"state": structure}, {f"state/{key}": tensor for key, tensor in tensors.items()}
 
     def _snapshot(self, state: Mapping[str, Mapping[str, Any]] | None) -> None:
-        self._store.write_tensors(self._store.snapshot_path(self.steps), *self._state(state))
+        header, tensors = self._state(state)
+        if self.marks is not None:
+            self.marks.check_frozen(self.steps)
+            subject = self._subject
+            theta = {n: copied(p) for n, p in subject.parameters.items() if n in self._ever_trained}
+            header["trained"] = sorted(self._ever_trained)
+            tensors |= {f"theta/{n}": t for n, t in theta.items()}
+            tensors |= {f"buffer/{n}": b for n, b in subject.buffers().items()}
+            tensors |= {f"evaluated/{n}": t for n, t in subject.evaluated(theta).items()}
+        self._store.write_tensors(self._store.snapshot_path(self.steps), header, tensors)
+
+
+def _gradients(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    tensors = {}
+    for name, gradient in gradients.items():
+        if gradient.is_sparse:
+            # As fed: coalescing is the optimizer's business.
+            tensors[f"sparse_indices/{name}"] = gradient._indices()
+            tensors[f"sparse_values/{name}"] = gradient._values()
+        else:
+            tensors[f"gradient/{name}"] = gradient
+    return tensors

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -177,6 +180,16 @@ def test_a_compiled_model_is_watched_from_outside():
     assert list(seen.rng) == ["cpu"]
     inner = torch.compile(compiled._orig_mod, backend="eager", fullgraph=True)
     inner(X)  # hooks inside a graph do no harm
+
+
+def test_copies_of_the_model_are_not_watched():
+    model = network()
+    watch = ForwardWatch(model)
+    copy.deepcopy(model)(X)
+    pickle.loads(pickle.dumps(model))(X)
+    assert watch.take() is None
+    model(X)
+    assert watch.take() is not None
 
 
 def test_the_hook_is_gone_when_recording_ends(tmp_path):
