@@ -441,6 +441,10 @@ class UpdateRule(ABC):
         """
         optimizer.step()
 
+    def member(self, hyper: Mapping[str, Any]) -> UpdateRule:  # noqa: ARG002
+        """The rule that speaks for a parameter group with these hyper-parameters: this one, unless it is several."""
+        return self
+
     def options_aside(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """The options that ``optimizer`` keeps as attributes of itself (see ``attributes``)."""
         return {

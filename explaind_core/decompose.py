@@ -250,7 +250,8 @@ class Decomposer:
             found = split_step(rule, replayed, self._memories)
             splits = {name: split for name, (split, _, _) in found.items()}
             correction = relative_correction(splits.values())
-            rule.check_correction(correction, replayed.step)
+            for member, names in _by_member(rule, replayed, splits):
+                member.check_correction(relative_correction(splits[n] for n in names), replayed.step)
             decomposed = _with_errors(replayed, by_parameter(rule, replayed, splits), correction)
             yield replace(
                 decomposed,
@@ -292,14 +293,26 @@ def split_step(
         names, shown = [], [n for n in replayed.theta if n in replayed.gradients]
     found = {}
     for name in shown:
+        member = rule if rule.flat else rule.member(replayed.hyper[name])
         if name not in memories:
             shape = torch.Size([size]) if rule.flat else replayed.theta[name].shape
-            memories[name] = ParameterFilter(name, rule, replayed.before.get(name, {}), shape)
+            memories[name] = ParameterFilter(name, member, replayed.before.get(name, {}), shape)
         memory = memories[name]
         memory.clock += 1
         step = flat_step(replayed, names, memory.clock) if rule.flat else recorded_step(replayed, name, memory.clock)
-        found[name] = (*split_update(rule, step, memory), step)
+        found[name] = (*split_update(member, step, memory), step)
     return found
+
+
+def _by_member(rule: UpdateRule, replayed: ReplayedStep, names: Iterable[str]) -> list[tuple[UpdateRule, list[str]]]:
+    """Which rule speaks for which of the parameters: more than one where several optimizers trained."""
+    if rule.flat:
+        return [(rule, list(names))]
+    found: dict[int, tuple[UpdateRule, list[str]]] = {}
+    for name in names:
+        member = rule.member(replayed.hyper[name])
+        found.setdefault(id(member), (member, []))[1].append(name)
+    return list(found.values())
 
 
 def by_parameter(rule: UpdateRule, replayed: ReplayedStep, splits: Mapping[str, UpdateSplit]) -> dict[str, UpdateSplit]:

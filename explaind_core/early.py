@@ -35,16 +35,23 @@ def check_mode(
 
     Raises:
         RecordingError: there is no such mode; in a mode that computes gradients again, the optimizer iterates inside a
-            step, the model's gradients are sparse, or there is no loss.
+            step, there are several, the model's gradients are sparse, or there is no loss.
     """
     if mode not in MODES:
         raise RecordingError("there is no such mode of recording", expected=f"one of {list(MODES)}", got=repr(mode))
     if mode == "steps":
         return
     where, remedy = f"mode={mode!r}", "record with mode='steps'"
+    if subject.joint:
+        raise RecordingError(
+            "steps of several optimizers cannot be computed again in this mode",
+            where=where,
+            got=subject.described()["optimizer"],
+            remedy=remedy,
+        )
     if subject.rule.iterations({}) is not None:
         raise RecordingError(
-            f"{qualified_name(type(subject.optimizer))} iterates inside a step, which this mode cannot make again",
+            f"{qualified_name(type(subject.optimizers[0]))} iterates inside a step, which this mode cannot make again",
             where=where,
             remedy=remedy,
         )

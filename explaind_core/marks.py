@@ -45,7 +45,7 @@ class Marks:
         Raises:
             RecordingError: a trained parameter changed, or one that has just joined.
         """
-        joined = {n for group in self._subject.optimizer.param_groups for n in self._of(group)} - self._names
+        joined = {n for group in self._subject.optimizers[0].param_groups for n in self._of(group)} - self._names
         changed = [n for n in joined if fingerprint({n: self._subject.parameters[n]}) != self._starts[n]]
         if changed or self._theta() != self.header["theta_hash"]:
             raise RecordingError(

@@ -5,25 +5,31 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.utils.hooks import RemovableHandle
 
 from explaind_core.batches import BatchLog, copied
 from explaind_core.coefficients import UpdateRule
 from explaind_core.early import EarlyCheck, check_mode, no_pass
-from explaind_core.errors import NonFiniteError, RecordingError
+from explaind_core.errors import ExplaindError, NonFiniteError, RecordingError
 from explaind_core.fingerprints import fingerprint
 from explaind_core.finite import check_gradients
 from explaind_core.forwards import ForwardWatch
 from explaind_core.iterations import Evaluation, IterationSplitter
+from explaind_core.joint import OWNER, each_optimizer, each_rule
 from explaind_core.plugins import RegisteredRule, Registry, default_registry
 from explaind_core.recipes import GradientFunction
+from explaind_core.rounds import Rounds
 from explaind_core.run import MicroBatch, OptimizerFactory
+from explaind_core.scaling import ScalerWatch
 from explaind_core.store import RunStore
 from explaind_core.subject import Subject
 from explaind_core.writer import RunWriter, SeenStep
@@ -35,6 +41,7 @@ __all__ = ["Recorder"]
 class _Pending(SeenStep):
     """What was seen before ``optimizer.step()``, until the step is over."""
 
+    member: int = 0  # which of several optimizers
     seen: bool = False  # whether gradients were taken (with a closure this happens inside step())
     skipped: bool = False  # a gradient scaler found an infinity: the optimizer will do nothing
     iterations: int = 0  # that it had made before
@@ -51,7 +58,9 @@ class Recorder:
 
     Args:
         path: a folder that does not exist yet (or is empty).
-        model: any module. optimizer: any optimizer with a registered rule.
+        model: any module, compiled or not; parameters are known by their names in the plain one.
+        optimizer: any optimizer with a registered rule; or a list of several, each of which trains parameters of its
+            own. Their steps from one gradient of the model are recorded as one.
         loss: ``loss(output, target)``, per-sample or reduced; its name is kept, and torch's own losses can be
             rebuilt when the run is opened.
         train_size: the number of training samples; ids must be below it.
@@ -62,17 +71,22 @@ class Recorder:
         resume: continue the run at ``path``; the model must stand where its last recorded step left it.
         overwrite: delete the run at ``path`` first.
         rule: explain the optimizer by this rule, whatever is registered; an :class:`explaind_core.InferredRule` for one
-            that nobody has declared.
+            that nobody has declared. For several optimizers a list, with None for the registered rule.
+        scaler: the ``torch.amp.GradScaler`` of the loop. Steps that it skips are seen then, and their batch forgotten.
         registry: the plugins to look for a rule in; all installed ones by default.
         gradient: ``gradient(model, micro_batch)`` runs a micro-batch's backward pass as the loop does, where that is
             not ``(loss(model(inputs), targets) * weight).backward()``; for the modes that compute gradients again.
         make_optimizer: as for :func:`explaind_core.open_run`, for those modes as well.
 
+    Attributes:
+        skipped: how many times a gradient scaler kept the optimizer (all of several) from stepping.
+
     Raises:
         RuleNotFoundError, AmbiguousRuleError: not exactly one rule speaks for ``optimizer``.
-        UnsupportedOptionError: the optimizer uses an option that its rule does not model.
-        RecordingError: the optimizer trains tensors that are not parameters of ``model``, or complex ones; the mode
-            cannot record this training.
+        UnsupportedOptionError: the optimizer uses an option that its rule does not model, or it is one of several and
+            can be recorded alone only.
+        RecordingError: the optimizer trains tensors that are not parameters of ``model``, or complex ones; two of
+            several train the same one; the mode cannot record this training.
         StoreError: ``path`` holds something already, or cannot be written.
 
     Example:
@@ -96,7 +110,7 @@ class Recorder:
         self,
         path: str | os.PathLike[str],
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         loss: Callable[..., Tensor] | None = None,
         *,
         train_size: int | None = None,
@@ -104,13 +118,20 @@ class Recorder:
         snapshot_every: int = 100,
         resume: bool = False,
         overwrite: bool = False,
-        rule: UpdateRule | None = None,
+        rule: UpdateRule | Sequence[UpdateRule | None] | None = None,
+        scaler: GradScaler | None = None,
         registry: Registry | None = None,
         gradient: GradientFunction | None = None,
-        make_optimizer: OptimizerFactory | None = None,
+        make_optimizer: OptimizerFactory | Sequence[OptimizerFactory | None] | None = None,
     ) -> None:
-        given = None if rule is None else RegisteredRule(rule, "given", "given", "-")
-        self._subject = Subject(model, optimizer, given or (registry or default_registry()).rule_for(optimizer))
+        optimizers = each_optimizer(optimizer)
+        registered = [
+            (registry or default_registry()).rule_for(each)
+            if given is None
+            else RegisteredRule(given, "given", "given", "-")
+            for each, given in zip(optimizers, each_rule(rule, len(optimizers)), strict=True)
+        ]
+        self._subject = Subject(model, optimizers, registered)
         check_mode(mode, self._subject, loss, gradient)
         self._store = RunStore(path)
         self._writer = RunWriter(self._store, self._subject, snapshot_every, mode)
@@ -132,16 +153,20 @@ class Recorder:
         self._threads = self._writer.threads
         iterates = self._subject.rule.iterations({}) is not None
         parameters = self._subject.parameters
-        self._splitter = IterationSplitter(self._subject.rule, optimizer, parameters) if iterates else None
+        self._splitter = IterationSplitter(self._subject.rule, optimizers[0], parameters) if iterates else None
         self._watch = ForwardWatch(model, self._before_pass)
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._rounds: Rounds | None = None
+        if self._subject.joint:
+            self._rounds = Rounds(self._subject, self._writer, self._batches, self._discarded)
+        self._handles: list[RemovableHandle] = []
+        for each in optimizers:
+            self._handles.append(each.register_step_pre_hook(self._before_step))
+            self._handles.append(each.register_step_post_hook(self._after_step))
+        self._scaler = None if scaler is None else ScalerWatch(scaler, optimizers, self._skipped)
 
     @property
     def steps(self) -> int:
-        """How many steps are recorded."""
+        """How many steps are recorded; of several optimizers, how many rounds are over."""
         return self._writer.steps
 
     # ------------------------------------------------------------------ what the loop calls
@@ -149,6 +174,9 @@ class Recorder:
         """Declare which training samples the coming step's gradient is of; once per micro-batch.
 
         How the model stood when it was called since the last batch (its modes, autocast, the random state) is kept.
+
+        With several optimizers it is the batch of all that step next from the same gradient, and declaring it ends the
+        round before.
 
         Args:
             inputs: what the model was called with: a tensor, or a tuple, list or dict of tensors.
@@ -162,6 +190,8 @@ class Recorder:
         Raises:
             RecordingError: ids are not one integer per sample, or out of range; inputs cannot be stored.
         """
+        if self._rounds is not None:
+            self._rounds.end()
         self._batches.keeps = self._early is not None and self._early.due(self.steps + 1)
         self._batches.declare(inputs, targets, ids, weight, self.steps + 1, self._watch.take(), scale)
 
@@ -169,8 +199,10 @@ class Recorder:
         """Forget the batches declared since the last step: their gradients will not be used.
 
         Needed where a ``GradScaler`` skips ``optimizer.step()`` without calling it (no fused optimizer): the
-        recorder cannot see that.
+        recorder cannot see that, unless it was given the scaler.
         """
+        if self._rounds is not None:
+            self._rounds.end()
         self._batches.clear()
         self._watch.take()
         self._factor, self._clips, self._buffers = 1.0, [], None
@@ -249,6 +281,8 @@ class Recorder:
     def log(self, **metrics: float | Tensor) -> None:
         """Keep numbers (a loss, an accuracy) with the last finished step; ``run.metrics`` returns them.
 
+        With several optimizers they belong to the round that the last step is part of.
+
         Raises:
             NonFiniteError: one of them is NaN or infinite.
         """
@@ -260,11 +294,14 @@ class Recorder:
                     where=f"after step {self.steps}",
                     remedy=f"training has diverged; the {self.steps} steps recorded so far are intact",
                 )
-        self._store.append_line("metrics.jsonl", {"step": self.steps, **values})
+        pending = self._rounds is not None and self._rounds.pending
+        self._store.append_line("metrics.jsonl", {"step": self.steps + pending, **values})
 
     def close(self) -> None:
         """End the recording in order. Leaving the ``with`` block does this."""
         self._detach()
+        if self._rounds is not None:
+            self._rounds.end()
         self._store.write_json("closed.json", {"steps": self.steps})
 
     def __enter__(self) -> Self:
@@ -277,11 +314,18 @@ class Recorder:
             self.close()
         else:  # an interrupted training is a shorter run, not a finished one
             self._detach()
+            if self._rounds is not None:
+                with suppress(ExplaindError):  # of two errors, the first one is to be seen
+                    self._rounds.end()
 
     def _detach(self) -> None:
         self._watch.close()
         for handle in self._handles:
             handle.remove()
+        if self._rounds is not None:
+            self._rounds.close()
+        if self._scaler is not None:
+            self._scaler.close()
 
     # ------------------------------------------------------------------ what the optimizer calls
     def _before_step(
@@ -290,7 +334,13 @@ class Recorder:
         if self._pending is not None and _steps_running(optimizer) > 1:
             self._pending.nested += 1  # a step() that calls super().step(): what counts is what the outer one was fed
             return None
-        pending = self._pending = _Pending()
+        if self._pending is not None and _steps_running(self._subject.optimizers[self._pending.member]):
+            raise RecordingError(
+                "an optimizer stepped inside the step of another one",
+                where=f"step {self.steps + 1}: {type(optimizer).__name__}",
+                remedy="let closures only compute the loss and its gradient",
+            )
+        pending = self._pending = _Pending(member=self._subject.optimizers.index(optimizer))
         self._subject.check_parameters()  # groups may have been added
         pending.groups = self._subject.groups()
         if self._splitter is not None:
@@ -331,13 +381,17 @@ class Recorder:
         self._moved = self._writer.buffers_moved()
         self._buffers = self._subject.buffers() if self._early.due(self.steps + 1) else {}
 
-    def _check_untouched(self, how: str) -> None:
+    def _check_untouched(self, how: str, *, but: int | None = None) -> None:
+        """Every parameter must stand where the last step left it; those of optimizer ``but`` may have moved."""
         if self._writer.marks is not None:
             self._writer.marks.check(how, self.steps)
             return
         same = self._subject.untouched if self._early is None else torch.equal
+        left = self._writer.last if self._rounds is None else self._rounds.theta
         for name, parameter in self._subject.parameters.items():
-            if not same(self._writer.last[name], parameter.detach().cpu()):
+            if but is not None and self._subject.owner(name) == but:
+                continue
+            if not same(left[name], parameter.detach().cpu()):
                 raise RecordingError(
                     f"a parameter changed {how}",
                     where=f"parameter {name!r}, between step {self.steps} and step {self.steps + 1}",
@@ -347,18 +401,22 @@ class Recorder:
 
     def _see_gradients(self, pending: _Pending, loss: Any = None) -> None:
         pending.seen = True
+        # A GradScaler with a fused optimizer hands over scaled gradients, and lets step() run on infinities.
+        optimizer = self._subject.optimizers[pending.member]
+        scale, found = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
+        pending.skipped = found is not None and float(found) > 0
+        if self._rounds is not None and not pending.skipped:
+            self._rounds.enter(pending.member, self._fed(pending), told=self._factor != 1 or bool(self._clips))
         if not self._batches.entries:
             raise RecordingError(
                 "no batch was declared before optimizer.step()",
                 where=f"step {self.steps + 1}",
                 remedy="call recorder.batch(inputs, targets, ids=ids) between backward() and step()",
             )
-        # A GradScaler with a fused optimizer hands over scaled gradients, and lets step() run on infinities.
-        scale, found = (getattr(self._subject.optimizer, name, None) for name in ("grad_scale", "found_inf"))
-        self._batches.settle(self._watch.take(), None if scale is None else float(scale))
+        if self._rounds is None or self._rounds.fresh:
+            self._batches.settle(self._watch.take(), None if scale is None else float(scale))
         pending.clips = self._clips
-        if found is not None and float(found) > 0:
-            pending.skipped = True
+        if pending.skipped:
             return
         for name, gradient in self._fed(pending).items():
             # Looked at only where they are not written: a copy would be for nothing.
@@ -398,7 +456,8 @@ class Recorder:
             pending.again["threads"] = threads
 
     def _fed(self, pending: _Pending) -> dict[str, Tensor]:
-        gradients = {n: self._subject.parameters[n].grad for group in pending.groups for n in group["params"]}
+        own = [group for group in pending.groups if group.get(OWNER) == pending.member or self._rounds is None]
+        gradients = {n: self._subject.parameters[n].grad for group in own for n in group["params"]}
         return {name: gradient for name, gradient in gradients.items() if gradient is not None}
 
     def _see_again(self, pending: _Pending, loss: Any) -> None:
@@ -420,8 +479,11 @@ class Recorder:
                 "the optimizer never evaluated its closure", where=f"step {self.steps + 1}", remedy="pass no closure"
             )
         if pending.skipped:
-            self.skipped += 1
-            self.discard_batch()
+            self._skipped(pending.member)
+            return
+        if self._rounds is not None:
+            self._check_untouched("in the step of another optimizer", but=pending.member)
+            self._rounds.add(pending.member, pending, self._told())
             return
         if self._writer.marks is None:
             theta = self._subject.theta()
@@ -435,8 +497,25 @@ class Recorder:
             self._finish_iterations(self._splitter, pending, theta)
         self.discard_batch()
 
+    def _skipped(self, member: int) -> None:
+        """A gradient scaler kept an optimizer from stepping."""
+        if self._rounds is None:
+            self._discarded()
+            self.discard_batch()
+        else:
+            self._rounds.skip(member, self._told())
+
+    def _told(self) -> tuple[float, list[list[Any]]]:
+        """What was declared of the gradient since the last step: its factor, and how it was clipped."""
+        factor, clips = self._factor, self._clips
+        self._factor, self._clips = 1.0, []
+        return factor, clips
+
+    def _discarded(self) -> None:
+        self.skipped += 1
+
     def _finish_iterations(self, splitter: IterationSplitter, pending: _Pending, theta: dict[str, Tensor]) -> None:
-        count = splitter.count(self._subject.optimizer) - pending.iterations
+        count = splitter.count(self._subject.optimizers[0]) - pending.iterations
         found = splitter.split(pending.evaluations, pending.groups, count, self.steps + 1, self._writer.snapshot_every)
         reached = found[-1].theta if found else self._writer.last
         for name, value in theta.items():

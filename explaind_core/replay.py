@@ -1,4 +1,4 @@
-"""Replays the optimizer on the recorded gradients: its states before and after every step.
+"""Replays the optimizer, or several, on the recorded gradients: its states before and after every step.
 
 The store keeps gradients and parameters, not the optimizer's states. The real optimizer, fed with the
 recorded parameters and gradients, passes through the same states again, and what it makes of the
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from explaind_core import trees
 from explaind_core.coefficients import qualified_name
 from explaind_core.errors import RuleNotFoundError, StoreError
+from explaind_core.joint import OWNER, JointRule, joined
 from explaind_core.plugins import RegisteredRule
 from explaind_core.rebuilding import rebuild_optimizer
 from explaind_core.run import Run
@@ -53,7 +54,10 @@ class ReplayedStep:
 
 
 class Replay:
-    """The optimizer of a run, rebuilt to be replayed.
+    """The optimizer of a run, or its optimizers, rebuilt to be replayed.
+
+    Attributes:
+        run: the run. optimizers: in the order in which they were given to the Recorder; one, for most runs.
 
     Raises:
         StoreError: its class is not known here, or cannot be built from the recorded hyper-parameters.
@@ -65,24 +69,26 @@ class Replay:
         start = run.theta(0)
         # A run that is computed again gives the parameters of a model.
         self._parameters = dict(parameters or {name: nn.Parameter(start[name].clone()) for name in run.parameters})
-        self.optimizer = self._build()
-        self._built_with = [set(group) for group in self.optimizer.param_groups]
+        self.optimizers = self._build()
+        self._built_with = [[set(group) for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self._unclaimed: State = {}
         self.load(run.optimizer_state(0))
 
     # ------------------------------------------------------------------ building
-    def _optimizer_class(self) -> type[torch.optim.Optimizer]:
+    def _optimizer_class(self, name: str) -> type[torch.optim.Optimizer]:
         """The recorded class, found without importing what a file names.
 
         Only classes that are already loaded, or that a registered rule speaks for, are considered.
         """
-        name: str = self.run.manifest["optimizer"]
         pending = [torch.optim.Optimizer]
         while pending:
             candidate = pending.pop()
             if qualified_name(candidate) == name:
                 return candidate
             pending += candidate.__subclasses__()
-        known = [r.rule for r in self.run.registry.rules()] + ([self.run.rule] if self.run.rule is not None else [])
+        known = [r.rule for r in self.run.registry.rules()] + [
+            rule for rule in self.run.given_rules if rule is not None
+        ]
         if not any(name in rule.optimizers for rule in known):
             raise StoreError(
                 f"the optimizer {name} is not known here",
@@ -100,35 +106,73 @@ class Replay:
             ) from error
         return found
 
-    def _build(self) -> torch.optim.Optimizer:
+    def _build(self) -> list[torch.optim.Optimizer]:
         if not self.run.steps:
             raise StoreError("the run has no finished step", where=self.run.path, remedy="train at least one step")
-        groups = [{**group, "params": [self._parameters[n] for n in group["params"]]} for group in self.run.groups(1)]
-        if self.run.make_optimizer is not None:
-            return self.run.make_optimizer(groups)
-        return rebuild_optimizer(self._optimizer_class(), groups, where=self.run.path)
+        makers, built = self.run.optimizer_makers, []
+        for member, described in enumerate(self.run.optimizers):
+            groups = [
+                {**group, "params": [self._parameters[n] for n in group["params"]]}
+                for group in self._groups_of(member, self.run.groups(1))
+            ]
+            make = makers[member]
+            if make is not None:
+                built.append(make(groups))
+            else:
+                kind = self._optimizer_class(described["optimizer"])
+                built.append(rebuild_optimizer(kind, groups, where=self.run.path))
+        return built
+
+    def _groups_of(self, member: int, groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The recorded groups of one of the optimizers, as that one has them."""
+        if len(self.run.optimizers) == 1:
+            return [dict(group) for group in groups]
+        return [{k: v for k, v in group.items() if k != OWNER} for group in groups if group[OWNER] == member]
 
     def load(self, state: State) -> None:
-        """Put the optimizer into a state by parameter name; the tensors are copied."""
-        self.optimizer.state.clear()
-        # Counters that its first step makes in its groups are not among what was recorded before that step.
-        for group, known in zip(self.optimizer.param_groups, self._built_with, strict=False):
-            for counter in set(group) - known:
-                del group[counter]
-        for name, entries in state.items():
-            self.optimizer.state[self._parameters[name]] = trees.map_tensors(torch.clone, entries)
+        """Put the optimizers into a state by parameter name; the tensors are copied."""
+        for optimizer, built_with in zip(self.optimizers, self._built_with, strict=True):
+            optimizer.state.clear()
+            # Counters that its first step makes in its groups are not among what was recorded before that step.
+            for group, known in zip(optimizer.param_groups, built_with, strict=False):
+                for counter in set(group) - known:
+                    del group[counter]
+        self._unclaimed = {name: trees.map_tensors(torch.clone, entries) for name, entries in state.items()}
+        self._claim()
+
+    def _claim(self) -> None:
+        """Give states to the optimizers that train their parameters; groups that joined later may be missing yet."""
+        for optimizer in self.optimizers:
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            for name in list(self._unclaimed):
+                if len(self.optimizers) == 1 or id(self._parameters[name]) in held:
+                    optimizer.state[self._parameters[name]] = self._unclaimed.pop(name)
 
     def rule(self) -> RegisteredRule:
-        """The rule the run was recorded with (as registered now), or the one it is to be explained by."""
-        if self.run.rule is not None:
+        """The rule the run was recorded with (as registered now), or the one it is to be explained by.
+
+        Of a run of several optimizers, their rules as one (:class:`explaind_core.joint.JointRule`).
+        """
+        if self.run.rule is not None and not isinstance(self.run.rule, JointRule):  # it speaks for all of them
             return RegisteredRule(self.run.rule, "given", "given", "-")
-        name = self.run.manifest["rule"]["name"]
-        registered = self.run.registry.rule_named(name) or self.run.registry.rule_for(self.optimizer)
+        given = self.run.given_rules
+        return joined(
+            [
+                self._registered(described["rule"], optimizer)
+                if rule is None
+                else RegisteredRule(rule, "given", "given", "-")
+                for rule, described, optimizer in zip(given, self.run.optimizers, self.optimizers, strict=True)
+            ]
+        )
+
+    def _registered(self, recorded: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> RegisteredRule:
+        name = recorded["name"]
+        registered = self.run.registry.rule_named(name) or self.run.registry.rule_for(optimizer)
         if qualified_name(type(registered.rule)) != name:
             raise RuleNotFoundError(
                 "the run was recorded with another rule than the one registered for its optimizer",
                 where=self.run.path,
-                expected=f"{name} of {self.run.manifest['rule']['package']}",
+                expected=f"{name} of {recorded['package']}",
                 got=str(registered),
                 remedy="install the plugin that the run was recorded with, or pass open_run(..., rule=)",
             )
@@ -136,12 +180,17 @@ class Replay:
 
     # ------------------------------------------------------------------ replaying
     def state(self) -> State:
-        """A copy of the optimizer's state, by parameter name."""
+        """A copy of the optimizers' state, by parameter name."""
         names = {id(parameter): name for name, parameter in self._parameters.items()}
-        return {
-            names[id(p)]: trees.map_tensors(lambda t: t.detach().clone(), dict(entries))
-            for p, entries in self.optimizer.state.items()
+        held = {
+            names[id(p)]: entries
+            for optimizer in self.optimizers
+            for p, entries in optimizer.state.items()
             if id(p) in names
+        }
+        return {
+            name: trees.map_tensors(lambda t: t.detach().clone(), dict(entries))
+            for name, entries in (held | self._unclaimed).items()
         }
 
     def steps(self, *, until: int | None = None, start: int = 0) -> Iterator[ReplayedStep]:
@@ -157,7 +206,7 @@ class Replay:
             with torch.no_grad():
                 for name, parameter in self._parameters.items():
                     parameter.copy_(trained_before[name])
-            self._step(gradients, self.run.closure_calls(s), self.run.outside(s))
+            self._step(gradients, self.run.closure_calls(s), self.run.outside(s), self.run.stepped(s))
             after_state = self.state()
             drift = max(
                 (float((p.detach() - trained[n]).abs().max()) for n, p in self._parameters.items() if p.numel()),
@@ -185,13 +234,14 @@ class Replay:
     ) -> None:
         """Make the optimizer's next step, from where the parameters and its state stand."""
         self._set_groups(groups)
-        self._step(gradients, (), outside)
+        self._step(gradients, (), outside, (0,))
 
     def _step(
         self,
         gradients: dict[str, Tensor],
         calls: Sequence[tuple[float, dict[str, Tensor]]],
         outside: Mapping[str, Mapping[str, Tensor]],
+        stepped: Sequence[int],
     ) -> None:
         def feed(fed: dict[str, Tensor]) -> None:
             for name, parameter in self._parameters.items():
@@ -199,11 +249,13 @@ class Replay:
 
         if not calls:
             feed(gradients)
-            if self.run.manifest.get("outside"):
-                given: dict[Tensor, Mapping[str, Tensor]] = {self._parameters[n]: e for n, e in outside.items()}
-                self.rule().rule.replay_step(self.optimizer, given)
-            else:
-                self.optimizer.step()
+            for member in stepped:
+                optimizer = self.optimizers[member]
+                if self.run.manifest.get("outside"):
+                    given: dict[Tensor, Mapping[str, Tensor]] = {self._parameters[n]: e for n, e in outside.items()}
+                    self.rule().rule.replay_step(optimizer, given)
+                else:
+                    optimizer.step()
             return
         coming = iter(calls)
 
@@ -213,7 +265,7 @@ class Replay:
             return loss
 
         try:
-            self.optimizer.step(closure)
+            self.optimizers[0].step(closure)
         except StopIteration:
             raise StoreError(
                 "replayed, the optimizer evaluates its closure more often than it did in training",
@@ -225,18 +277,22 @@ class Replay:
         """Parameter name -> its group's hyper-parameters as they stand; one-element tensors as numbers."""
         names = {id(parameter): name for name, parameter in self._parameters.items()}
         groups = []
-        for group in self.optimizer.param_groups:
-            plain = trees.map_tensors(_number, {k: v for k, v in group.items() if k != "params"})
-            groups.append({**plain, "params": [names[id(p)] for p in group["params"]]})
+        for member, optimizer in enumerate(self.optimizers):
+            owner = {OWNER: member} if len(self.optimizers) > 1 else {}
+            for group in optimizer.param_groups:
+                plain = trees.map_tensors(_number, {k: v for k, v in group.items() if k != "params"})
+                groups.append({**plain, **owner, "params": [names[id(p)] for p in group["params"]]})
         return _by_parameter(groups)
 
     def _set_groups(self, groups: tuple[dict[str, Any], ...]) -> None:
-        for index, group in enumerate(groups):
-            values = {**group, "params": [self._parameters[n] for n in group["params"]]}
-            if index < len(self.optimizer.param_groups):
-                self.optimizer.param_groups[index].update(values)
-            else:
-                self.optimizer.add_param_group(values)
+        for member, optimizer in enumerate(self.optimizers):
+            for index, group in enumerate(self._groups_of(member, groups)):
+                values = {**group, "params": [self._parameters[n] for n in group["params"]]}
+                if index < len(optimizer.param_groups):
+                    optimizer.param_groups[index].update(values)
+                else:
+                    optimizer.add_param_group(values)
+        self._claim()
 
     def state_after(self, s: int) -> State:
         """The optimizer's state after step s, replayed from the nearest snapshot before it."""
@@ -247,11 +303,14 @@ class Replay:
             pass
         return self.state()
 
-    def counters(self) -> list[dict[str, Any]]:
-        """What the optimizer keeps in its groups beside its constructor's options: counters, estimates."""
-        options = inspect.signature(type(self.optimizer)).parameters
-        known = {*options, "params", "param_names", "initial_lr"}
-        return [{k: v for k, v in group.items() if k not in known} for group in self.optimizer.param_groups]
+    def counters(self) -> list[list[dict[str, Any]]]:
+        """What each optimizer keeps in its groups beside its constructor's options: counters, estimates."""
+        found = []
+        for optimizer in self.optimizers:
+            options = inspect.signature(type(optimizer)).parameters
+            known = {*options, "params", "param_names", "initial_lr"}
+            found.append([{k: v for k, v in group.items() if k not in known} for group in optimizer.param_groups])
+        return found
 
 
 def _number(tensor: Tensor) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,7 +18,9 @@ from explaind_core import trees
 from explaind_core.coefficients import UpdateRule, qualified_name
 from explaind_core.errors import QuestionError, StoreError
 from explaind_core.forwards import ForwardState
+from explaind_core.joint import JOINED_BY, OWNER, JointRule, each_optimizer, each_rule
 from explaind_core.losses import LossFunction, rebuild_loss
+from explaind_core.plain import plain_copy, plain_name
 from explaind_core.plugins import Registry, default_registry
 from explaind_core.store import RunStore, StoredFile
 
@@ -103,19 +105,19 @@ class Run:
         model: nn.Module | None = None,
         *,
         loss: LossFunction | None = None,
-        make_optimizer: OptimizerFactory | None = None,
+        make_optimizer: OptimizerFactory | Sequence[OptimizerFactory | None] | None = None,
         until: int | None = None,
         point: str = "gradient",
-        rule: UpdateRule | None = None,
+        rule: UpdateRule | Sequence[UpdateRule | None] | None = None,
         registry: Registry | None = None,
         gradient: GradientFunction | None = None,
     ) -> None:
         self.store = RunStore(path)
         self.manifest = self.store.read_manifest()
-        self.rule = rule if rule is not None else self._inferred_rule()
+        self.rule = self._rule(rule)
         self.point = self._check_point(point)
         self.registry = registry or default_registry()
-        self.make_optimizer = make_optimizer
+        self.optimizer_makers = self._makers(make_optimizer)
         self.parameters: Mapping[str, ParameterInfo] = {
             p["name"]: ParameterInfo(torch.Size(p["shape"]), getattr(torch, p["dtype"].split(".")[1]), p["trained"])
             for p in self.manifest["parameters"]
@@ -142,9 +144,51 @@ class Run:
             f"{f', explained by {self.rule}' if self.rule is not None and self.rule.inferred else ''})"
         )
 
-    def _inferred_rule(self) -> UpdateRule | None:
+    @property
+    def optimizers(self) -> tuple[Mapping[str, Any], ...]:
+        """Each optimizer as the manifest has it, one for most runs.
+
+        ``optimizer`` is the name of its class, ``optimizer_defaults`` are those of its options, ``rule`` is its rule.
+        """
+        return tuple(self.manifest.get("optimizers", (self.manifest,)))
+
+    @property
+    def given_rules(self) -> list[UpdateRule | None]:
+        """The rule that explains each of :attr:`optimizers`; None where that is the registered one."""
+        several = isinstance(self.rule, JointRule)
+        return each_rule(self.rule, len(self.optimizers)) if several else [self.rule] * len(self.optimizers)
+
+    def _rule(self, rule: UpdateRule | Sequence[UpdateRule | None] | None) -> UpdateRule | None:
+        """The rule, or the rules as one, that were given, or inferred; None where all are the registered ones."""
+        count = len(self.optimizers)
+        if isinstance(rule, UpdateRule):
+            return rule
+        rules = [self._inferred_rule(o["rule"]) for o in self.optimizers] if rule is None else each_rule(rule, count)
+        if all(each is None for each in rules):
+            return None
+        return rules[0] if count == 1 else JointRule(rules)
+
+    def _makers(
+        self, make: OptimizerFactory | Sequence[OptimizerFactory | None] | None
+    ) -> Sequence[OptimizerFactory | None]:
+        count = len(self.optimizers)
+        if make is None:
+            return [None] * count
+        makers = list(make) if isinstance(make, Sequence) else [make]
+        if len(makers) != count:
+            raise QuestionError(
+                "there is not one maker for each optimizer",
+                where="make_optimizer",
+                expected=f"a list of {count} functions, for {self.manifest['optimizer']}"
+                if count > 1
+                else "a function",
+                got=f"{len(makers)} of them",
+                remedy="pass None for an optimizer that needs none",
+            )
+        return makers
+
+    def _inferred_rule(self, recorded: Mapping[str, Any]) -> UpdateRule | None:
         """The inferred rule that the run was recorded with: nothing but its numbers is needed to make it again."""
-        recorded = self.manifest["rule"]
         if not recorded.get("inferred"):
             return None
         from explaind_core.inferred import InferredRule  # a later stage, which needs a Run to be fitted
@@ -163,7 +207,14 @@ class Run:
     @property
     def rule_name(self) -> str:
         """The qualified name of the rule that explains the run."""
-        return self.manifest["rule"]["name"] if self.rule is None else qualified_name(type(self.rule))
+        recorded: str = self.manifest["rule"]["name"]
+        if self.rule is None:
+            return recorded
+        if not isinstance(self.rule, JointRule):
+            return qualified_name(type(self.rule))
+        names = [o["rule"]["name"] for o in self.optimizers]
+        given = self.given_rules
+        return JOINED_BY.join(n if r is None else qualified_name(type(r)) for n, r in zip(names, given, strict=True))
 
     @property
     def inferred(self) -> bool:
@@ -173,8 +224,10 @@ class Run:
     @property
     def closed_by_secant(self) -> bool:
         """Whether steps are closed by rank-one secants, whose size results then carry as ``correction``."""
-        declared = bool(self.manifest["rule"].get("closed_by_secant"))
-        return declared if self.rule is None else self.rule.closed_by_secant
+        return any(
+            bool(recorded["rule"].get("closed_by_secant")) if rule is None else rule.closed_by_secant
+            for rule, recorded in zip(self.given_rules, self.optimizers, strict=True)
+        )
 
     def explained_by(self, rule: UpdateRule) -> Run:
         """The same run, explained by another rule."""
@@ -202,7 +255,7 @@ class Run:
         return point
 
     def _check_model(self, model: nn.Module) -> nn.Module:
-        given = {n: (tuple(p.shape), str(p.dtype)) for n, p in model.named_parameters()}
+        given = {plain_name(n): (tuple(p.shape), str(p.dtype)) for n, p in model.named_parameters()}
         recorded = {n: (tuple(p.shape), str(p.dtype)) for n, p in self.parameters.items()}
         if given != recorded:
             differing = [n for n in [*recorded, *given] if recorded.get(n) != given.get(n)]
@@ -214,7 +267,7 @@ class Run:
                 got=given.get(name, "no such parameter"),
                 remedy=f"build the architecture that was recorded ({self.manifest['model']})",
             )
-        private = copy.deepcopy(model).eval().requires_grad_(False)
+        private = plain_copy(model).eval().requires_grad_(False)
         for module in private.modules():
             if isinstance(module, nn.Embedding | nn.EmbeddingBag):
                 module.sparse = False  # how a gradient is laid out, not what it is: dense ones can be batched
@@ -319,6 +372,7 @@ class Run:
     def hyper(self, s: int) -> tuple[dict[str, Any], ...]:
         """Each parameter group's hyper-parameters as they stood before step s; ``params`` holds its names.
 
+        In a run of several optimizers the groups of all, with ``optimizer``, the number of their own, counted from 0.
         One-element tensors (a learning rate kept as a tensor) are returned as numbers.
         """
         return tuple(trees.map_tensors(lambda t: t.item() if t.numel() == 1 else t, group) for group in self.groups(s))
@@ -348,6 +402,11 @@ class Run:
                 indices, values = stored[f"sparse_indices/{name}"], stored[f"sparse_values/{name}"]
                 found[name] = torch.sparse_coo_tensor(indices, values, info.shape, check_invariants=True)
         return found
+
+    def stepped(self, s: int) -> tuple[int, ...]:
+        """Which of :attr:`optimizers` made step s; the others were idle."""
+        self.check_step(s)
+        return tuple(self._header(s).get("stepped", (0,)))
 
     def closure_calls(self, s: int) -> tuple[tuple[float, dict[str, Tensor]], ...]:
         """What ``step(closure)`` was told in step s, call by call: (loss, gradients by parameter name).
@@ -441,34 +500,75 @@ class Run:
         kept = sorted(int(p.stem) for p in (self.path / "snapshots").glob("*.safetensors") if p.stem.isdecimal())
         return [0, *(s for s in kept if s <= len(self.steps))]
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, s: int | None = None) -> int:
+    def restore(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        s: int | None = None,
+    ) -> int:
         """Put a model and an optimizer where step s (the last by default) left them, to train on from there.
 
         The optimizer's state is replayed from the nearest snapshot with the recorded gradients, and so are the
         counters that some optimizers keep in their groups; options, such as a learning rate, are the loop's business.
 
+        Args:
+            model: the architecture. optimizer: one, or the list of several as it was given to the Recorder.
+            s: the step.
+
         Returns:
             s.
+
+        Raises:
+            QuestionError: not as many optimizers as were recorded; a parameter whose state was recorded with one of
+                several is in none of that one's groups.
         """
         from explaind_core.replay import Replay  # the next stage, borrowed: replay needs a Run
 
         s = len(self.steps) if s is None else self.check_step(s, first=0)
+        optimizers = each_optimizer(optimizer)
+        if len(optimizers) != len(self.optimizers):
+            raise QuestionError(
+                "the run was recorded with another number of optimizers",
+                where=self.path,
+                expected=f"{len(self.optimizers)}: {self.manifest['optimizer']}",
+                got=len(optimizers),
+            )
         replay = Replay(self)
         state = replay.state_after(s)
         theta, buffers = self.theta(s, point="gradient"), self.buffers(s)
-        named = dict(model.named_parameters())
+        named = {plain_name(n): p for n, p in model.named_parameters()}
         self._check_model(model)
+        owners = {id(p): k for k, o in enumerate(optimizers) for group in o.param_groups for p in group["params"]}
+        if len(optimizers) > 1:
+            self._check_owners(s, optimizers, {n: owners.get(id(p)) for n, p in named.items()})
         with torch.no_grad():
             for name, parameter in named.items():
                 parameter.copy_(theta[name])
             for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
-        optimizer.state.clear()  # a parameter without recorded state has none
+                buffer.copy_(buffers[plain_name(name)])
+        for each in optimizers:
+            each.state.clear()  # a parameter without recorded state has none
         for name, entries in state.items():
-            optimizer.state[named[name]] = entries
-        for group, counters in zip(optimizer.param_groups, replay.counters(), strict=False):
-            group.update(counters)
+            optimizers[owners[id(named[name])] if len(optimizers) > 1 else 0].state[named[name]] = entries
+        for each, counted in zip(optimizers, replay.counters(), strict=True):
+            for group, counters in zip(each.param_groups, counted, strict=False):
+                group.update(counters)
         return s
+
+    def _check_owners(
+        self, s: int, optimizers: Sequence[torch.optim.Optimizer], given: Mapping[str, int | None]
+    ) -> None:
+        """Refuse optimizers that are not the recorded ones in their order, with the parameters that each trained."""
+        kinds = JOINED_BY.join(qualified_name(type(optimizer)) for optimizer in optimizers)
+        recorded = {name: group[OWNER] for group in self.groups(max(s, 1)) for name in group["params"]}
+        for name, owner in recorded.items():
+            if kinds != self.manifest["optimizer"] or given[name] != owner:
+                raise QuestionError(
+                    "these are not the optimizers that the run was recorded with, in this order",
+                    where=f"{self.path}, parameter {name!r}",
+                    expected=f"{self.manifest['optimizer']}; number {owner} of them trains it",
+                    got=f"{kinds}; {'none' if given[name] is None else f'number {given[name]}'} trains it",
+                )
 
 
 def open_run(
@@ -476,10 +576,10 @@ def open_run(
     model: nn.Module | None = None,
     *,
     loss: LossFunction | None = None,
-    make_optimizer: OptimizerFactory | None = None,
+    make_optimizer: OptimizerFactory | Sequence[OptimizerFactory | None] | None = None,
     until: int | None = None,
     point: str = "gradient",
-    rule: UpdateRule | None = None,
+    rule: UpdateRule | Sequence[UpdateRule | None] | None = None,
     registry: Registry | None = None,
     gradient: GradientFunction | None = None,
 ) -> Run:
@@ -491,11 +591,12 @@ def open_run(
             predictions, not to look at parameters.
         loss: the training loss, where it is not one of torch's own.
         make_optimizer: builds the optimizer from a list of parameter groups, where its class cannot be
-            called with the recorded hyper-parameters.
+            called with the recorded hyper-parameters. For several optimizers a list, with None where none is needed.
         until: open the steps 1..until only.
         point: for optimizers that evaluate the model elsewhere than they take gradients (Schedule-Free):
             ``"gradient"`` explains the training parameters y, ``"evaluated"`` the model after ``optimizer.eval()``, x.
-        rule: explain the run by this rule, and not by the one it was recorded with.
+        rule: explain the run by this rule, and not by the one it was recorded with. For several optimizers a list,
+            with None for the registered one; a single rule speaks for all of them.
         registry: the plugins to look for rules in; all installed ones by default.
         gradient: ``gradient(model, micro_batch)`` runs a micro-batch's backward pass as the loop did, for runs that are
             computed again (``mode="parameters"``, ``mode="snapshots"``) and whose loop does not call

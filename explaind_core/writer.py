@@ -20,6 +20,7 @@ from explaind_core.finite import check_parameters
 from explaind_core.iterations import Evaluation
 from explaind_core.losses import describe_loss
 from explaind_core.marks import Marks
+from explaind_core.plain import plain
 from explaind_core.store import FORMAT, VERSION, RunStore
 from explaind_core.subject import Subject
 
@@ -35,7 +36,7 @@ class SeenStep:
 
     Attributes:
         gradients: as fed. groups: before it. evaluations: closure calls, if it iterates.
-        clips: how the gradients were clipped, in order.
+        clips: how the gradients were clipped, in order. stepped: which of several optimizers made it; empty for one.
         buffers_before: buffers that did not stand where the last step left them when the model was called.
         again: what else is needed to compute the gradients again, as JSON.
     """
@@ -46,6 +47,7 @@ class SeenStep:
     clips: list[list[Any]] = field(default_factory=list)
     buffers_before: dict[str, Tensor] = field(default_factory=dict)
     again: dict[str, Any] = field(default_factory=dict)
+    stepped: list[int] = field(default_factory=list)
 
 
 class RunWriter:
@@ -107,17 +109,8 @@ class RunWriter:
                 "mode": self.mode,
                 "snapshot_every": self.snapshot_every,
                 "environment": environment(subject.device),
-                "model": qualified_name(type(subject.model)),
-                "optimizer": qualified_name(type(subject.optimizer)),
-                "optimizer_defaults": sorted(subject.optimizer.defaults),
-                "rule": {
-                    "name": qualified_name(type(rule)),
-                    "package": subject.registered.package,
-                    "version": subject.registered.version,
-                    "inferred": rule.inferred,
-                    "closed_by_secant": rule.closed_by_secant,
-                    "settings": rule.settings(),
-                },
+                "model": qualified_name(type(plain(subject.model))),
+                **subject.described(),
                 "loss": describe_loss(loss),
                 "evaluates_elsewhere": rule.evaluates_elsewhere,
                 "outside": list(rule.outside),
@@ -140,7 +133,7 @@ class RunWriter:
         from explaind_core.run import open_run  # reading is the next stage; only resuming needs it here
 
         run = open_run(self._store.path, model=subject.model)
-        trained_by, given = run.manifest["optimizer"], qualified_name(type(subject.optimizer))
+        trained_by, given = run.manifest["optimizer"], subject.described()["optimizer"]
         if trained_by != given:
             raise RecordingError(
                 "the run was recorded with another optimizer",
@@ -203,29 +196,37 @@ class RunWriter:
         batches: BatchLog,
         factor: float,
         state: Mapping[str, Mapping[str, Any]] | None = None,
+        buffers: dict[str, Tensor] | None = None,
     ) -> None:
         """Write one finished step.
 
         Args:
             seen: the step. theta: the parameters after it. batches: its samples. factor: what multiplied its gradient.
-            state: the optimizer's state after it, where that is not the present one.
+            state, buffers: the optimizer's state and the model's buffers after it, where not the present ones.
 
         Raises:
             NonFiniteError: a parameter became NaN or infinite. StoreError: it cannot be written.
         """
         check_parameters({name: theta[name] for name in seen.gradients}, self.steps + 1)
-        self._write(seen, theta, batches, factor)
+        self._write(seen, theta, batches, factor, buffers)
         self.steps += 1
         if self.marks is None:
             self.last = theta
         if self.steps % self.snapshot_every == 0:
             self._snapshot(state)
 
-    def _write(self, seen: SeenStep, theta: dict[str, Tensor], batches: BatchLog, factor: float) -> None:
+    def _write(
+        self,
+        seen: SeenStep,
+        theta: dict[str, Tensor],
+        batches: BatchLog,
+        factor: float,
+        buffers: dict[str, Tensor] | None,
+    ) -> None:
         self._ever_trained.update(name for group in seen.groups for name in group["params"])
         tensors, again = batches.tensors(), dict(seen.again)
         if self.marks is None:
-            tensors |= self._position(theta)
+            tensors |= self._position(theta, self._subject.buffers() if buffers is None else buffers)
         else:
             self.marks.set(self._ever_trained)
             again |= self.marks.header
@@ -244,13 +245,15 @@ class RunWriter:
         header = {"step": s, "groups": structure, "batches": batches.headers(), "gradient_factor": factor} | again
         if seen.clips:
             header["clips"] = seen.clips
+        if seen.stepped:
+            header["stepped"] = seen.stepped
         if seen.evaluations:
             header["closure_losses"] = [evaluation.loss for evaluation in seen.evaluations]
         self._store.write_tensors(
             self._store.step_path(s), header, tensors | {f"group/{k}": t for k, t in group_tensors.items()}
         )
 
-    def _position(self, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _position(self, theta: Mapping[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
         """What tells where the model stands after the coming step."""
         for name in self._subject.parameters.keys() - self._ever_trained:
             if not torch.equal(theta[name], self.last[name]):
@@ -258,7 +261,6 @@ class RunWriter:
                     "a parameter that the optimizer does not train changed", where=f"{name!r}, step {self.steps + 1}"
                 )
         tensors = {f"theta/{name}": theta[name] for name in self._ever_trained}
-        buffers = self._subject.buffers()
         for name, buffer in buffers.items():
             if name not in self._buffers or not torch.equal(buffer, self._buffers[name]):
                 self._ever_changed.add(name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -118,14 +119,14 @@ def updates(run: Run, loss: Any = None) -> Updates:
             rounding = 1e4 * torch.finfo(fed_here.dtype).eps
             torch.testing.assert_close(total, fed_here.double(), rtol=rounding, atol=rounding / 10)
 
-    rule = Replay(run).rule().rule
+    rules = Replay(run).rule().rule
     share, decay = torch.zeros(N, N, D, len(ids), dtype=torch.float64), torch.zeros(N, D, dtype=torch.float64)
     start = run.optimizer_state(0)
     remembered = torch.zeros(N, D, dtype=torch.float64) if any(start.values()) else None
     for name, steps in declarations(run).items():
         names = [n for group in run.hyper(1) for n in group["params"]] if name == FLAT else [name]
         at = torch.cat([torch.arange(D)[where[n]] for n in names])
-        shape = steps[0][0].theta.shape
+        shape, rule = steps[0][0].theta.shape, rules.member(steps[0][0].hyper)  # its own optimizer's
         filters = [declared.filter for _, declared in steps]
         initial = _initial(start.get(name, {}), rule.filter_states, shape)
         for last, (step, declared) in enumerate(steps):
@@ -155,15 +156,20 @@ _updates = lru_cache(maxsize=None)(updates)
 def declarations(run: Run) -> dict[str, list[tuple[Any, Any]]]:
     """Parameter -> (RecordedStep, StepCoefficients) of each of its steps, as its rule declared them."""
     seen: dict[str, list[tuple[Any, Any]]] = {}
-    kind = type(Replay(run).rule().rule)
-    original = kind.coefficients
+    rule = Replay(run).rule().rule
+    kinds = {type(member) for member in getattr(rule, "members", [rule])}
 
-    def coefficients(self: Any, step: Any) -> Any:
-        declared = original(self, step)
-        seen.setdefault(step.name, []).append((step, declared))
-        return declared
+    def seen_by(original: Any) -> Any:
+        def coefficients(self: Any, step: Any) -> Any:
+            declared = original(self, step)
+            seen.setdefault(step.name, []).append((step, declared))
+            return declared
 
-    with mock.patch.object(kind, "coefficients", coefficients):
+        return coefficients
+
+    with ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(mock.patch.object(kind, "coefficients", seen_by(kind.coefficients)))
         for _ in explaind.decompose(run):
             pass
     return seen

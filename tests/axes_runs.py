@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import explaind_core as explaind
 from explaind_core.run import Run
 
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+#: One optimizer of all parameters, or a list of several.
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Any]
 
 SAMPLES, CLASSES = 9, 2
 _GENERATOR = torch.Generator().manual_seed(5)
@@ -48,6 +49,14 @@ def _elsewhere(package: str, name: str, **options: Any) -> MakeOptimizer:
     return lambda parameters: getattr(pytest.importorskip(package), name)(parameters, **options)
 
 
+def _matrices_and_others(first: Callable[..., Any], second: Callable[..., Any]) -> MakeOptimizer:
+    def make(parameters: Iterable[nn.Parameter]) -> list[torch.optim.Optimizer]:
+        parameters = list(parameters)
+        return [first([p for p in parameters if p.ndim == 2]), second([p for p in parameters if p.ndim < 2])]
+
+    return make
+
+
 OPTIMIZERS: dict[str, MakeOptimizer] = {
     "descent": lambda ps: torch.optim.SGD(ps, lr=0.2),
     "nesterov": lambda ps: torch.optim.SGD(ps, lr=0.2, momentum=0.8, nesterov=True, weight_decay=0.1),
@@ -65,6 +74,15 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
     "ademamix": _elsewhere("pytorch_optimizer", "AdEMAMix", lr=0.05, betas=(0.7, 0.9, 0.8), weight_decay=0.2),
     # Gradients are taken at one point, and the model is evaluated at another one.
     "schedule-free": _elsewhere("schedulefree", "AdamWScheduleFree", lr=0.05, weight_decay=0.1),
+    # Several optimizers: Muon of the matrices, and two of torch's others.
+    "muon+adamw": _matrices_and_others(
+        lambda ps: torch.optim.Muon(ps, lr=0.1, weight_decay=0.3),
+        lambda ps: torch.optim.AdamW(ps, lr=0.05, betas=(0.8, 0.9), weight_decay=0.5),
+    ),
+    "sgd+adam": _matrices_and_others(
+        lambda ps: torch.optim.SGD(ps, lr=0.2, momentum=0.8, nesterov=True, weight_decay=0.1),
+        lambda ps: torch.optim.Adam(ps, lr=0.05, betas=(0.7, 0.9), weight_decay=0.1),
+    ),
     "inferred": lambda ps: Undeclared(ps, lr=0.2, momentum=0.8, weight_decay=0.1),
 }
 TRAININGS: dict[str, dict[str, Any]] = {
@@ -77,6 +95,8 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "betas": {"schedule": [{"betas": b} for b in ((0.5, 0.9), (0.9, 0.8), (0.6, 0.95), (0.8, 0.9))]},
     "frozen momentum": {"schedule": [{"momentum": mu} for mu in (0.8, 0.5, 0.0, 0.7)]},
     "evaluated": {"point": "evaluated"},
+    "taking turns": {"turns": [(0, 1), (1,), (0,), (1, 0)]},
+    "taking turns, used": {"turns": [(1,), (0, 1), (0,), (0, 1)], "unrecorded": 2},
 }
 #: (optimizer, training): all that the kernel's two inner axes depend on.
 CASES = [
@@ -85,6 +105,8 @@ CASES = [
     *(("adamw", training) for training in ("micro", "used", "missing", "betas")),
     *(("amsgrad", training) for training in ("rates", "used")),
     *(("rmsprop", training) for training in ("rates", "frozen momentum", "used")),
+    *(("muon+adamw", training) for training in ("taking turns", "taking turns, used", "missing")),
+    *(("sgd+adam", training) for training in ("micro", "clipped", "taking turns", "taking turns, used")),
     ("lion", "used"),
     ("muon", "used"),
     ("lbfgs", "micro"),
@@ -95,7 +117,7 @@ CASES = [
 @lru_cache
 def example(optimizer: str, training: str = "plain") -> Run:
     """One of the CASES, recorded once; skips where its package is not installed."""
-    if optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+    if "muon" in optimizer and not hasattr(torch.optim, "Muon"):
         pytest.skip("this torch has no Muon")
     options = {"batches": BATCHES, **TRAININGS[training]}
     if optimizer == "inferred":
@@ -117,6 +139,7 @@ def record_batches(
     clip: float | None = None,
     rule: Any = None,
     point: str = "gradient",
+    turns: Sequence[Sequence[int]] = (),
 ) -> Run:
     """Train on given batches and open the run.
 
@@ -125,13 +148,15 @@ def record_batches(
         batches: per step the ids of its samples, or its micro-batches ``[(ids, weight), ...]``.
         unrecorded: so many steps come first, on the first batch. schedule: hyper-parameters to set, by step.
         missing: step -> parameters that get no gradient in it. clip: the largest norm of a gradient.
-        rule: of the Recorder. point: of ``open_run``.
+        rule: of the Recorder. point: of ``open_run``. turns: which of several optimizers step, and in which order, by
+            step; all by default.
     """
     _FOLDERS.append(tempfile.TemporaryDirectory(prefix="explaind-axes-"))
     path = Path(_FOLDERS[-1].name) / "run"
     loss = nn.CrossEntropyLoss() if loss is None else loss
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(trained.values())
+    several = optimizer if isinstance(optimizer, list) else [optimizer]
     if hasattr(optimizer, "train"):
         optimizer.train()
 
@@ -140,7 +165,8 @@ def record_batches(
         micro = [(torch.as_tensor(ids), weight) for ids, weight in micro]
 
         def closure() -> Tensor:
-            optimizer.zero_grad()
+            for each in several:
+                each.zero_grad()
             value = torch.zeros(())
             for ids, weight in micro:
                 part = weight * loss(forward(model, rows(inputs, ids)), targets[ids]).mean()
@@ -160,13 +186,14 @@ def record_batches(
             norm = float(nn.utils.clip_grad_norm_(list(trained.values()), clip))
             if recorder is not None:
                 recorder.gradient_factor(min(1.0, clip / (norm + 1e-6)))
-        optimizer.step()
+        for member in turns[s - 1] if turns and s else range(len(several)):
+            several[member].step()
 
     for _ in range(unrecorded):
         step(batches[0], 0)
     with explaind.Recorder(path, model, optimizer, loss, rule=rule) as recorder:
         for s, batch in enumerate(batches, 1):
-            for group in optimizer.param_groups if schedule else ():
+            for group in several[0].param_groups if schedule else ():
                 group.update(schedule[s - 1])
             step(batch, s, recorder)
     run = explaind.open_run(path, model=model, point=point)

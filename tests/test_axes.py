@@ -160,8 +160,13 @@ def test_any_question_is_answered_as_the_oracle_answers_it(case, keep, question,
 
 
 @pytest.mark.parametrize("restricted", [False, True], ids=["everything", "restricted"])
-def test_every_subset_of_the_axes_sums_the_others(restricted):
-    """All 128 of them, on a run with a sample twice in a batch, momentum, decay and a prehistory."""
+@pytest.mark.parametrize(
+    "case",
+    [("nesterov", "used"), pytest.param(("muon+adamw", "taking turns, used"), marks=pytest.mark.slow)],
+    ids="-".join,
+)
+def test_every_subset_of_the_axes_sums_the_others(case, restricted):
+    """All 128 of them, on runs with a sample twice in a batch, momentum, decay and a prehistory."""
     question = EVERYTHING | (
         {"steps": [2, 4], "gradient_steps": [1, 2, 4], "train": [4, 0, 3], "layers": "parts", "test": [2, 0]}
         if restricted
@@ -169,7 +174,7 @@ def test_every_subset_of_the_axes_sums_the_others(restricted):
     )
     assert len(SUBSETS) == 2 ** len(AXES)
     for keep in SUBSETS:
-        ask(("nesterov", "used"), question, keep)
+        ask(case, question, keep)
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
