@@ -33,6 +33,7 @@ class SeenCall:
         output: what it returned. gradients: at the tensors in it, by their position in ``trees.leaves(output)``, once
             the backward pass has run.
         value: of a loss that the model returned, and its gradient: the factor of what it was trained on.
+        autocast: device and dtype of autocast at the call.
     """
 
     args: tuple[Any, ...]
@@ -42,6 +43,7 @@ class SeenCall:
     gradients: dict[int, Tensor] = field(default_factory=dict)
     value: Tensor | None = None
     factor: Tensor | None = None
+    autocast: tuple[str, torch.dtype] | None = None
 
     def inputs(self, module: nn.Module) -> Any:
         """What the model was called with as ``recorder.batch`` takes it: a tensor, a tuple, or a dict of keywords."""
@@ -65,11 +67,16 @@ class SeenCall:
                 found[name] = value
         return found
 
-    def weight(self, loss: LossFunction, targets: Any, where: str) -> float:
+    def weight(self, loss: LossFunction, targets: Any, where: str, total: Tensor | None = None) -> float:
         """By which factor the declared loss of this batch was multiplied before ``backward()``.
 
         With c the gradient that arrived at the outputs and d that of ``loss(output, targets)``, the w of ``c = w d``.
-        Where the model returned its loss, and it is the declared one to the last digits, w is that loss's gradient.
+        Gradients in half precision tell few digits of it. Where the model returned its loss, and it is the declared one
+        to the last digits, w is that loss's gradient; where ``total`` is in better precision and within that of w, the
+        ratio of the losses.
+
+        Args:
+            loss, targets: declared. where: for errors. total: the loss that ``backward()`` was called on.
 
         Raises:
             RecordingError: there is no such w: the model was trained on another loss.
@@ -86,6 +93,10 @@ class SeenCall:
             if bool((self.value - value).abs() <= 16 * eps * value.abs()):
                 weight = float(self.factor)
         dtype = max((g.dtype for g in self.gradients.values()), key=lambda t: torch.finfo(t).eps)
+        if total is not None and bool(value) and torch.finfo(value.dtype).eps < torch.finfo(dtype).eps:
+            ratio = float(total) / float(value)
+            if abs(ratio - weight) <= torch.finfo(dtype).eps * abs(weight):
+                weight = ratio
         error, size = _norm(c - weight * d for c, d in pairs), _norm(c for c, _ in pairs)
         if error > tolerance(dtype) * size and error > abs(weight) * self._rounding(loss, targets, declared):
             raise RecordingError(
@@ -101,7 +112,8 @@ class SeenCall:
         """The declared loss, and its gradients at the outputs by their position."""
         leaves = trees.leaves(self.output)
         cut = [t.detach().requires_grad_() if t.is_floating_point() else t for t in leaves]
-        with torch.enable_grad():
+        device, dtype = self.autocast or ("cpu", None)
+        with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=self.autocast is not None):
             value = loss(rebuilt(self.output, iter([t.clone() for t in cut])), targets)
             if isinstance(value, Tensor) and value.ndim:
                 value = value.mean()
@@ -127,7 +139,7 @@ class SeenCall:
             signs = (torch.randint(2, t.shape, generator=generator) * 2 - 1).to(t)
             return t * (1 + torch.finfo(t.dtype).eps * signs)
 
-        other = SeenCall(self.args, self.kwargs, None, trees.map_tensors(beside, self.output))
+        other = SeenCall(self.args, self.kwargs, None, trees.map_tensors(beside, self.output), autocast=self.autocast)
         moved = other._declared(loss, targets, "")[1]
         return 64 * _norm((g - moved[i]).double() for i, g in gradients.items() if i in moved)
 
@@ -177,11 +189,13 @@ class CallWatch:
         return found
 
     def _before(
-        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         kwargs = dict(kwargs)
         extra = self._take(kwargs)
-        self._open = SeenCall(args, dict(kwargs), extra) if torch.is_grad_enabled() else None
+        self._open = None
+        if torch.is_grad_enabled():
+            self._open = SeenCall(args, dict(kwargs), extra, autocast=_autocast(module))
         return args, kwargs
 
     def _after(self, _module: nn.Module, _args: Any, output: Any) -> None:
@@ -220,6 +234,12 @@ def _when_reached(leaf: Tensor, gradients: dict[int, Tensor], position: int) -> 
         before.register_prehook(lambda found: keep(found[index]))
     else:
         leaf.register_hook(keep)  # type: ignore[no-untyped-call]
+
+
+def _autocast(module: nn.Module) -> tuple[str, torch.dtype] | None:
+    parameter = next(module.parameters(), None)
+    device = "cpu" if parameter is None else parameter.device.type
+    return (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
 
 
 def _norm(tensors: Any) -> float:
