@@ -236,6 +236,17 @@ def test_dropout_is_kept_as_a_random_state(tmp_path):
         assert torch.equal(parameter.grad, run.gradients(1)[name])
 
 
+@pytest.mark.parametrize("options", [{}, {"bf16": True, "gradient_accumulation_steps": 2}], ids=["plain", "bf16"])
+def test_runs_that_are_computed_again(tmp_path, options):
+    runs = {}
+    for mode in ("steps", "snapshots"):
+        train(tmp_path, tiny(torch.float32), RecorderCallback(tmp_path / mode, mode=mode), **options)
+        runs[mode] = explaind.open_run(tmp_path / mode, model=returning_logits(tiny(torch.float32)))
+    for s in runs["steps"].steps:
+        for name, gradient in runs["steps"].gradients(s).items():
+            assert torch.equal(gradient, runs["snapshots"].gradients(s)[name])
+
+
 class Stop(transformers.TrainerCallback):
     def __init__(self, at):
         self.at = at

@@ -72,8 +72,8 @@ class SeenCall:
 
         With c the gradient that arrived at the outputs and d that of ``loss(output, targets)``, the w of ``c = w d``.
         Gradients in half precision tell few digits of it. Where the model returned its loss, and it is the declared one
-        to the last digits, w is that loss's gradient; where ``total`` is in better precision and within that of w, the
-        ratio of the losses.
+        to the last digits, w is that loss's gradient; where ``total`` is the declared loss times w, the ratio of these.
+        The inverse of a whole number is taken as that.
 
         Args:
             loss, targets: declared. where: for errors. total: the loss that ``backward()`` was called on.
@@ -88,15 +88,15 @@ class SeenCall:
         pairs = [(seen.get(i, torch.zeros_like(d)).double(), d.double()) for i, d in declared.items()]
         square = sum(float((d * d).sum()) for _, d in pairs)
         weight = sum(float((c * d).sum()) for c, d in pairs) / square if square else 0.0
-        if self.value is not None and self.factor is not None:
-            eps = torch.finfo(self.value.dtype).eps
-            if bool((self.value - value).abs() <= 16 * eps * value.abs()):
-                weight = float(self.factor)
         dtype = max((g.dtype for g in self.gradients.values()), key=lambda t: torch.finfo(t).eps)
-        if total is not None and bool(value) and torch.finfo(value.dtype).eps < torch.finfo(dtype).eps:
-            ratio = float(total) / float(value)
-            if abs(ratio - weight) <= torch.finfo(dtype).eps * abs(weight):
-                weight = ratio
+        coarse, fine = torch.finfo(dtype).eps, torch.finfo(value.dtype).eps
+        own = self.value is not None and bool((self.value - value).abs() <= 16 * fine * value.abs())
+        if own and self.factor is not None:
+            weight = _whole(float(self.factor), fine)
+        elif total is not None and abs(float(total) - weight * float(value)) <= coarse * abs(float(total)) > 0:
+            weight = _whole(float(total) / float(value), 4 * fine)
+        else:
+            weight = _whole(weight, 4 * coarse)
         error, size = _norm(c - weight * d for c, d in pairs), _norm(c for c, _ in pairs)
         if error > tolerance(dtype) * size and error > abs(weight) * self._rounding(loss, targets, declared):
             raise RecordingError(
@@ -169,7 +169,7 @@ class CallWatch:
         take: Callable[[dict[str, Any]], Any] = lambda _: None,
         pick: Callable[[Any], Any] = lambda output: output,
     ) -> None:
-        self._take, self._pick = take, pick
+        self._module, self._take, self._pick = module, take, pick
         self._calls: list[SeenCall] = []
         self._open: SeenCall | None = None
         self._handles = [
@@ -183,6 +183,9 @@ class CallWatch:
             handle.remove()
         self._calls, self._open = [], None
 
+    def __deepcopy__(self, _memo: Any) -> CallWatch:
+        return self  # copies of the model have the hooks too, but are not watched
+
     def finished(self) -> list[SeenCall]:
         """The calls since the last time that a backward pass has reached; others were evaluations."""
         found, self._calls = [call for call in self._calls if call.gradients], []
@@ -193,15 +196,17 @@ class CallWatch:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         kwargs = dict(kwargs)
         extra = self._take(kwargs)
+        if module is not self._module:
+            return args, kwargs
         self._open = None
         if torch.is_grad_enabled():
             self._open = SeenCall(args, dict(kwargs), extra, autocast=_autocast(module))
         return args, kwargs
 
-    def _after(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        call, self._open = self._open, None
-        if call is None:
+    def _after(self, module: nn.Module, _args: Any, output: Any) -> None:
+        if module is not self._module or self._open is None:
             return
+        call, self._open = self._open, None
         own = output.get("loss") if isinstance(output, Mapping) else None
         picked = self._pick(output)
         if isinstance(own, Tensor) and own.requires_grad and own.ndim == 0:
@@ -234,6 +239,14 @@ def _when_reached(leaf: Tensor, gradients: dict[int, Tensor], position: int) -> 
         before.register_prehook(lambda found: keep(found[index]))
     else:
         leaf.register_hook(keep)  # type: ignore[no-untyped-call]
+
+
+def _whole(weight: float, eps: float) -> float:
+    """1 / k for a whole number k, where the weight is that but for its rounding."""
+    if not 0 < weight <= 1:
+        return weight
+    exact = 1 / round(1 / weight)
+    return exact if abs(weight - exact) <= eps * exact else weight
 
 
 def _autocast(module: nn.Module) -> tuple[str, torch.dtype] | None:

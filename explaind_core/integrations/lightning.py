@@ -14,7 +14,6 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -37,9 +36,10 @@ class NamedBatch(NamedTuple):
 
 
 def named(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """The same loader, with the samples of its batches named for the callback (see :func:`explaind_core.data.with_ids`).
+    """The same loader, its batches' samples named for the callback (see :func:`explaind_core.data.with_ids`).
 
     Example:
+        >>> import torch
         >>> data = [(torch.tensor([float(i)]), i % 2) for i in range(3)]
         >>> [batch.ids.tolist() for batch in named(DataLoader(data, batch_size=2))]
         [[0, 1], [2]]
