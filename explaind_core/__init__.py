@@ -23,6 +23,7 @@ from explaind_core.run import Run, open_run
 from explaind_core.scores import importance, relative_regularization, spread_residual
 from explaind_core.similarity import similarity
 from explaind_core.similarity_plan import plan_similarity
+from explaind_core.storage import open_result
 from explaind_core.verify import Verification, verify
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "errors",
     "hookimpl",
     "importance",
+    "open_result",
     "open_run",
     "operators",
     "parameter_importance",

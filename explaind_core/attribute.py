@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import xarray as xr
 
-from explaind_core import storage
+from explaind_core import appending
 from explaind_core.adjoint import Adjoint
+from explaind_core.appending import ResultWriter
 from explaind_core.budget import readable_size
 from explaind_core.errors import QuestionError
 from explaind_core.progress import counted
@@ -80,7 +80,8 @@ def attribute(
         engine: ``"local"``.
         progress: show a bar with the remaining time.
         out: a zarr folder to write to while computing, in blocks of 50 steps (or, with the adjoint, blocks of test
-            samples). The result is then read from there lazily, may exceed ``memory``, and an interrupted call resumes.
+            samples; in one go, where that axis is not kept). The result is then read from there lazily, may exceed
+            ``memory``, and an interrupted call resumes. See :func:`explaind_core.open_result`.
 
     Returns:
         A Dataset over the kept axes: ``kernel``; ``regularization`` (and ``prehistory``, where recording began
@@ -94,6 +95,7 @@ def attribute(
         QuestionError, LayerError: an argument makes no sense; the result does not fit into ``memory``.
         RecordingError: the gradients of a step's samples do not make up the gradient that it was fed.
         NonFiniteError: the explained function is not finite somewhere on the way.
+        StoreError: what lies at ``out`` is damaged; it cannot be written, or another process is writing it.
 
     Example:
         >>> import torch
@@ -133,7 +135,12 @@ def answer(question: Question, *, progress: bool = True, out: str | os.PathLike[
     choice = choose(question, frame.outputs)
     frame.strategy = choice.strategy
     if out is not None:
-        return _to_zarr(frame, choice, Path(out), progress)
+        return _to_zarr(frame, choice, out, progress)
+    return _in_memory(frame, choice, progress)
+
+
+def _in_memory(frame: Frame, choice: Choice, progress: bool) -> xr.Dataset:
+    question = frame.question
     needed = question.result_bytes(frame.outputs)
     if needed > question.memory:
         raise QuestionError(
@@ -144,7 +151,8 @@ def answer(question: Question, *, progress: bool = True, out: str | os.PathLike[
             remedy="keep fewer axes, ask for fewer test samples or steps, raise memory=, or write it with out=",
         )
     if choice.strategy == "adjoint":
-        return frame.collect(frame.joined([parts for _, parts in _backwards(frame, choice, 0, progress)]))
+        parts = [parts for _, parts in _backwards(frame, choice.rows, choice, 0, progress)]
+        return frame.collect(frame.joined(parts))
     return frame.collect(_forwards(frame, 0, progress))
 
 
@@ -157,15 +165,17 @@ def _forwards(frame: Frame, first: int, progress: bool) -> Iterator[Contribution
     with counted(steps, "attributing", enabled=progress) as advance:
         yield from stepwise(
             question, frame.strategy, frame.outputs, frame.scale, first=first, last_values=last_values,
-            block=storage.BLOCK, advanced=advance,
+            block=appending.BLOCK, advanced=advance,
         )  # fmt: skip
 
 
-def _backwards(frame: Frame, choice: Choice, done: int, progress: bool) -> Iterator[tuple[slice, list[Contribution]]]:
+def _backwards(
+    frame: Frame, rows: int, choice: Choice, done: int, progress: bool
+) -> Iterator[tuple[slice, list[Contribution]]]:
     """The contributions of all windows to one block of test samples after the other, behind the first ``done``."""
     question = frame.question
     samples, last = question.function.samples, question.steps[-1]
-    size = choice.rows if question.keeps("test") else samples
+    size = rows if question.keeps("test") else samples
     blocks = [slice(a, min(a + size, samples)) for a in range(done, samples, size)]
     with counted(last * (1 + len(blocks)), "attributing", enabled=progress) as advance:
 
@@ -191,33 +201,37 @@ def _tails(question: Question, dropped: Mapping[int, int]) -> str:
     )
 
 
-def _to_zarr(frame: Frame, choice: Choice, path: Path, progress: bool) -> xr.Dataset:
+def _to_zarr(frame: Frame, choice: Choice, path: str | os.PathLike[str], progress: bool) -> xr.Dataset:
     """Compute block by block, appending each; continue where an interrupted call stopped."""
     question = frame.question
-    axis = "test" if choice.strategy == "adjoint" else "step"
-    if axis not in question.keep:
-        raise QuestionError(
-            f"out= needs the {axis} axis", where="keep", expected=f"{axis!r} among the kept axes", got=question.keep,
-            remedy="the result without it is small: leave out= away and call .to_zarr() on it",
-        )  # fmt: skip
-    identity = frame.fingerprint()
-    done = storage.entries_done(path, identity)
-    total = question.function.samples if axis == "test" else len(question.windows)
-    if done < total:
-        blocks = _test_blocks(frame, choice, done, progress) if axis == "test" else _step_blocks(frame, done, progress)
-        storage.append(path, identity, axis, done, blocks)
-    return storage.stored_result(path)
+    along = "test" if choice.strategy == "adjoint" else "step"
+    axis = along if question.keeps(along) else None
+    total = {"test": question.function.samples, "step": len(question.windows), None: 1}[axis]
+    with ResultWriter(path, frame.fingerprint(), axis, total) as writer:
+        if not writer.finished:
+            labels = frame.coordinates(range(len(question.windows)))
+            if axis is None:
+                blocks = iter([_in_memory(frame, choice, progress)])
+            elif axis == "test":
+                # Blocks as they were begun: products of other sizes round differently.
+                rows = min(choice.rows, writer.chunk or choice.rows)
+                blocks = _test_blocks(frame, rows, choice, writer.done, progress)
+            else:
+                blocks = _step_blocks(frame, writer.done, progress)
+            for block in blocks:
+                writer.append(block, labels)
+        return writer.result()
 
 
-def _test_blocks(frame: Frame, choice: Choice, done: int, progress: bool) -> Iterator[xr.Dataset]:
-    for block, parts in _backwards(frame, choice, done, progress):
+def _test_blocks(frame: Frame, rows: int, choice: Choice, done: int, progress: bool) -> Iterator[xr.Dataset]:
+    for block, parts in _backwards(frame, rows, choice, done, progress):
         yield frame.collect(parts, block)
 
 
 def _step_blocks(frame: Frame, done: int, progress: bool) -> Iterator[xr.Dataset]:
     parts = _forwards(frame, done, progress)
     total = len(frame.question.windows)
-    for start in range(done, total, storage.BLOCK):
-        yield frame.collect(next(parts) for _ in range(min(storage.BLOCK, total - start)))
+    for start in range(done, total, appending.BLOCK):
+        yield frame.collect(next(parts) for _ in range(min(appending.BLOCK, total - start)))
     for _ in parts:  # lets the progress bar close
         pass

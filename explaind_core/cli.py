@@ -1,6 +1,7 @@
 """The command line: ``explaind demo``, ``verify``, ``attribute``, ``optimizers``, ``check-plugin``.
 
-Exit status 0 means that the check a command names holds; 1 that it does not; 2 that the call was wrong.
+Exit status 0 means that the check a command names holds; 1 that it does not; 2 that the call was wrong, or a file is
+damaged; 130 that it was interrupted.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from torch import nn
 from explaind_core.errors import ExplaindError, QuestionError
 
 __all__ = ["main"]
+
+#: The exit status of a command that was interrupted, as shells have it (128 + SIGINT).
+INTERRUPTED = 130
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
@@ -104,8 +108,6 @@ def attribute(
     import explaind_core as explaind
     from explaind_core.attribute import answer
     from explaind_core.question import Question
-    from explaind_core.results import Frame
-    from explaind_core.strategy import choose
 
     if out is None and not plan:
         raise QuestionError("it is not said where to write", where="--out", remedy="name a folder, or say --plan")
@@ -127,18 +129,11 @@ def attribute(
         console.print(str(planned), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(0 if planned.fits else 1)
     asked = Question.ask(opened, samples, **question)
-    # The axis along which a result can be written while it is computed; without it, it is written in one go.
-    axis = "test" if choose(asked, Frame(asked).outputs).strategy == "adjoint" else "step"
-    if not asked.keeps(axis) and out.exists():
-        raise QuestionError(
-            "there is something at --out already",
-            where=out,
-            expected=f"a new path, for a result without the {axis} axis is written in one go",
-            remedy="choose another path, or delete it",
-        )
-    result = answer(asked, out=out if asked.keeps(axis) else None)
-    if not asked.keeps(axis):
-        result.to_zarr(out, mode="w-", zarr_format=2, consolidated=False)
+    try:
+        result = answer(asked, out=out)
+    except KeyboardInterrupt:
+        console.print(f"interrupted; what was finished lies at {out}: continue by the same command", soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None
     closure = explaind.closure_error(result) / (float(abs(result.final).max()) or 1.0)
     console.print(result)
     console.print(f"closure error {closure:.1e} of the largest output; wrote {out}")

@@ -533,13 +533,14 @@ class Run:
                 expected=f"{len(self.optimizers)}: {self.manifest['optimizer']}",
                 got=len(optimizers),
             )
-        replay = Replay(self)
-        state = replay.state_after(s)
+        # A run that was killed before its first step has nothing to replay, and the state that it began with.
+        replay = Replay(self) if self.steps else None
+        state = self.optimizer_state(0) if replay is None else replay.state_after(s)
         theta, buffers = self.theta(s, point="gradient"), self.buffers(s)
         named = {plain_name(n): p for n, p in model.named_parameters()}
         self._check_model(model)
         owners = {id(p): k for k, o in enumerate(optimizers) for group in o.param_groups for p in group["params"]}
-        if len(optimizers) > 1:
+        if len(optimizers) > 1 and self.steps:
             self._check_owners(s, optimizers, {n: owners.get(id(p)) for n, p in named.items()})
         with torch.no_grad():
             for name, parameter in named.items():
@@ -550,7 +551,7 @@ class Run:
             each.state.clear()  # a parameter without recorded state has none
         for name, entries in state.items():
             optimizers[owners[id(named[name])] if len(optimizers) > 1 else 0].state[named[name]] = entries
-        for each, counted in zip(optimizers, replay.counters(), strict=True):
+        for each, counted in zip(optimizers, replay.counters() if replay else [()] * len(optimizers), strict=True):
             for group, counters in zip(each.param_groups, counted, strict=False):
                 group.update(counters)
         return s

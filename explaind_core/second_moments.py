@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor
 from explaind_core.decompose import StepDecomposition, decompose
 from explaind_core.entries import EntryFeatures, horizon
 from explaind_core.question import Question
+from explaind_core.temporary import WorkingFolder
 
 __all__ = ["Moments", "restricted_to"]
 
@@ -46,16 +45,16 @@ class Moments:
     _row: dict[int, int] = field(default_factory=dict)
 
     def __enter__(self) -> Moments:
-        self._folder = tempfile.TemporaryDirectory(prefix="explaind-moments-")
+        self._folder = WorkingFolder("moments")
         try:
             self._fill()
         except BaseException:
-            self._folder.cleanup()
+            self._folder.close()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._folder.cleanup()
+        self._folder.close()
 
     def _fill(self) -> None:
         question = self.question
@@ -68,8 +67,9 @@ class Moments:
             self._where[name] = slice(start, end)
             start = end
         self._row = {s: row for row, s in enumerate(question.steps)}
-        path = Path(self._folder.name) / "moments"
-        self._stored = np.memmap(path, dtype=np.float64, mode="w+", shape=(len(self._row), start))
+        # All of it at once: a disk that is full when a page of a mapped file is written kills the process.
+        path = self._folder.allocate("moments", 8 * len(self._row) * start)
+        self._stored = np.memmap(path, dtype=np.float64, mode="r+", shape=(len(self._row), start))
         first = horizon(question)
         if first > 1:
             question.facts["tail_dropped"] = f"below rounding before step {first}"

@@ -38,6 +38,7 @@ __all__ = ["FORMAT", "VERSION", "RunStore", "StoredFile"]
 FORMAT = "explaind-run"
 VERSION = 1
 _HEADER_KEY = "explaind"
+_UNFINISHED = ".unfinished"
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class RunStore:
 
     def _write(self, path: Path, content: bytes) -> None:
         # Not Path.with_suffix: the name must not end like a finished file.
-        temporary = path.parent / (path.name + ".unfinished")
+        temporary = path.parent / (path.name + _UNFINISHED)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(content)
@@ -131,6 +132,11 @@ class RunStore:
         )
 
     # ------------------------------------------------------------------ reading
+    def is_unbegun(self) -> bool:
+        """Whether nothing is here but what a kill left of a recording that had not begun: files before the manifest."""
+        known = {self.start_path.name, *(f"{name}{_UNFINISHED}" for name in (self.start_path.name, "manifest.json"))}
+        return all(path.is_file() and path.name in known for path in self.path.iterdir())
+
     def read_tensors(self, path: Path, *, what: str) -> StoredFile:
         """Read one file.
 

@@ -7,7 +7,6 @@ walking back, it loads the nearest state and replays the segment behind it, whos
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -16,8 +15,10 @@ from torch import Tensor
 
 from explaind_core import trees
 from explaind_core.decompose import Decomposer, StepDecomposition
+from explaind_core.errors import StoreError
 from explaind_core.run import Run
 from explaind_core.store import RunStore
+from explaind_core.temporary import WorkingFolder
 
 __all__ = ["Tape"]
 
@@ -41,8 +42,8 @@ class Tape:
     ) -> None:
         self.last = last
         self.segment = max(1, segment if segment is not None else math.isqrt(last))
-        self._folder = tempfile.TemporaryDirectory(prefix="explaind-tape-")
-        self._store = RunStore(self._folder.name)
+        self._folder = WorkingFolder("tape")
+        self._store = RunStore(self._folder.path)
         self._decomposer = Decomposer(run)
         self._held: list[StepDecomposition] = []
         try:
@@ -66,7 +67,7 @@ class Tape:
 
     def close(self) -> None:
         """Delete what was kept on disk."""
-        self._folder.cleanup()
+        self._folder.close()
 
     def backwards(self) -> Iterator[StepDecomposition]:
         """The steps last, last - 1, ..., 1."""
@@ -86,7 +87,10 @@ class Tape:
         structure, tensors = trees.flatten(self._decomposer.state(), "the optimizer's state")
         # Filter states may be one tensor under two names, which the file format refuses.
         copies: dict[str, Tensor] = {key: tensor.clone() for key, tensor in tensors.items()}
-        self._store.write_tensors(self._path(start), structure, copies)
+        try:
+            self._store.write_tensors(self._path(start), structure, copies)
+        except StoreError as error:
+            raise self._folder.error(error) from error
 
     def _load(self, start: int) -> None:
         stored = self._store.read_tensors(self._path(start), what=f"the state after step {start}")

@@ -80,7 +80,7 @@ class RunWriter:
         """
         subject, rule = self._subject, self._subject.rule
         path = self._store.path
-        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        if path.exists() and not (path.is_dir() and self._store.is_unbegun()):
             if not overwrite:
                 raise StoreError(
                     "there is something at this path already",

@@ -11,13 +11,13 @@ import xarray as xr
 import zarr
 
 import explaind_core as explaind
-from explaind_core.errors import QuestionError
+from explaind_core.errors import QuestionError, StoreError
 from explaind_core.run import Run
 from explaind_core.testing import record_example
 
 #: The module, which the function of the same name hides.
 module = importlib.import_module("explaind_core.attribute")
-storage = importlib.import_module("explaind_core.storage")
+appending = importlib.import_module("explaind_core.appending")
 INPUTS = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
@@ -31,17 +31,9 @@ def ask(out=None, **question) -> xr.Dataset:
     return explaind.attribute(run(), INPUTS, out=out, **({"nodes": 2, "progress": False} | question))
 
 
-def values(result: xr.Dataset) -> xr.Dataset:
-    """A result in memory, without the mark by which a stored one knows its question."""
-    attrs = {key: value for key, value in result.attrs.items() if key not in ("question", "steps_done")}
-    result = result.load().copy()
-    result.attrs = attrs
-    return result
-
-
 @pytest.fixture
 def blocks_of_two(monkeypatch):
-    monkeypatch.setattr(storage, "BLOCK", 2)
+    monkeypatch.setattr(appending, "BLOCK", 2)
 
 
 @pytest.fixture
@@ -71,7 +63,7 @@ def test_what_is_written_equals_what_is_returned(tmp_path, blocks_of_two, keep, 
     inputs = INPUTS.to(dtype)
     stored = explaind.attribute(run(dtype), inputs, out=tmp_path / "result.zarr", **question)
     memory = explaind.attribute(run(dtype), inputs, **question)
-    xr.testing.assert_identical(values(stored), values(memory))
+    xr.testing.assert_identical(stored.load(), memory)
     assert explaind.closure_error(stored) <= 1e-12
 
 
@@ -99,37 +91,57 @@ def test_a_finished_result_is_not_computed_again(tmp_path, blocks_of_two, comput
     assert computed == []
 
 
-@pytest.mark.parametrize("torn", ["kernel", "step", "omitted"])
-@pytest.mark.parametrize("written", [False, True])
-def test_a_block_that_was_cut_short_is_written_again(tmp_path, blocks_of_two, computed, torn, written):
-    """Killed while appending: some variables are longer than others, or all are long and one is still empty."""
+@pytest.mark.parametrize(
+    "torn", ["kernel/c/2/0/0/0", "omitted/c/2/0/0", "kernel/c/2/0/0/0.123.partial", "zarr.json.partial"]
+)
+def test_a_block_that_was_cut_short_is_written_again(tmp_path, blocks_of_two, computed, torn):
+    """Killed while appending: a chunk is written, or half of one, or half of the file that counts it."""
     whole = ask(tmp_path / "whole.zarr").load()
     computed.limit = len(computed) + 4
     with pytest.raises(KeyboardInterrupt):
         ask(tmp_path / "result.zarr")
-    group = zarr.open_group(tmp_path / "result.zarr", mode="r+")
-    for name, array in group.arrays():
-        if "step" in array.attrs["_ARRAY_DIMENSIONS"] and (written or name == torn):
-            array.resize((6, *array.shape[1:]))  # filled with zeros
+    assert not (tmp_path / "result.zarr" / torn).exists()
+    (tmp_path / "result.zarr" / torn).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "result.zarr" / torn).write_bytes(b"{half of what should be here")
     computed.clear()
     computed.limit = 1000
     resumed = ask(tmp_path / "result.zarr")
     assert computed == [5, 6, 7]
     xr.testing.assert_identical(resumed.load(), whole)
+    assert contents(tmp_path / "result.zarr") == contents(tmp_path / "whole.zarr")
 
 
-def test_a_first_block_that_was_cut_short_is_written_again(tmp_path, blocks_of_two, monkeypatch):
+@pytest.mark.parametrize("created", [0, 3, 1000])
+def test_a_first_block_that_was_cut_short_is_written_again(tmp_path, blocks_of_two, monkeypatch, created):
     whole = ask(tmp_path / "whole.zarr").load()
-    write = xr.Dataset.to_zarr
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        interrupt_writing(patch, created)
+        ask(tmp_path / "result.zarr")
+    with pytest.raises(StoreError, match=r"the result is unfinished[\s\S]*expected: 7 step entries[\s\S]*got:      0"):
+        explaind.open_result(tmp_path / "result.zarr", unfinished=True)
+    xr.testing.assert_identical(ask(tmp_path / "result.zarr").load(), whole)
+    assert contents(tmp_path / "result.zarr") == contents(tmp_path / "whole.zarr")
 
-    def torn(self, path, **options):
-        write(self[["kernel", "initial"]], path, **options | {"encoding": {}})
+
+def interrupt_writing(patch, created: int) -> None:
+    """Ctrl-C when so many arrays are there, or all of them."""
+    create, made = zarr.Group.create_array, []
+
+    def creating(self, *args, **options):
+        if len(made) == created:
+            raise KeyboardInterrupt
+        made.append(args)
+        return create(self, *args, **options)
+
+    def filling(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
-        patch.setattr(xr.Dataset, "to_zarr", torn)
-        ask(tmp_path / "result.zarr")
-    xr.testing.assert_identical(ask(tmp_path / "result.zarr").load(), whole)
+    patch.setattr(zarr.Group, "create_array", creating)
+    patch.setattr(appending.ResultWriter, "_fill", filling)
+
+
+def contents(path) -> dict[str, bytes]:
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize(
@@ -150,7 +162,7 @@ def test_the_result_of_another_question_is_not_touched(tmp_path, other):
     with pytest.raises(QuestionError, match="out= holds the result of another question") as error:
         ask(tmp_path / "result.zarr", **other)
     assert error.value.remedy == "choose another path, or delete it"
-    xr.testing.assert_identical(xr.open_zarr(tmp_path / "result.zarr", consolidated=False).load(), first)
+    xr.testing.assert_identical(explaind.open_result(tmp_path / "result.zarr").load(), first)
 
 
 def test_other_inputs_and_other_runs_are_other_questions(tmp_path):
@@ -173,18 +185,24 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_zarr_store_of_something_else_is_not_touched(tmp_path):
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_a_zarr_store_of_something_else_is_not_touched(tmp_path, zarr_format):
     mine = xr.Dataset({"a": ("step", [1.0])})
-    mine.to_zarr(tmp_path / "mine.zarr", zarr_format=2, consolidated=False)
-    with pytest.raises(QuestionError, match="another question"):
+    mine.to_zarr(tmp_path / "mine.zarr", zarr_format=zarr_format, consolidated=False)
+    with pytest.raises(QuestionError, match="there is something at out= that is no result: a zarr folder of"):
         ask(tmp_path / "mine.zarr")
     xr.testing.assert_equal(xr.open_zarr(tmp_path / "mine.zarr", consolidated=False).load(), mine)
 
 
-def test_without_the_step_axis_there_is_nothing_to_write_block_by_block(tmp_path):
-    with pytest.raises(QuestionError, match="out= needs the step axis") as error:
-        ask(tmp_path / "result.zarr", keep=("layer",))
-    assert "leave out= away" in str(error.value)
+def test_without_the_step_axis_it_is_written_in_one_go(tmp_path, computed):
+    question = {"keep": ("layer", "output"), "nodes": "adaptive"}
+    stored = ask(tmp_path / "result.zarr", **question).load()
+    xr.testing.assert_identical(stored, ask(**question))
+    computed.clear()
+    xr.testing.assert_identical(ask(tmp_path / "result.zarr", **question).load(), stored)
+    assert computed == []
+    with pytest.raises(QuestionError, match="does not fit into the memory budget"):
+        ask(tmp_path / "other.zarr", keep=("layer",), memory=10)
 
 
 def test_a_result_on_disk_may_exceed_the_memory_budget(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from functools import lru_cache
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import explaind_core as explaind
-from explaind_core import cli
+from explaind_core import appending, cli
 from explaind_core.errors import QuestionError
 from explaind_core.testing import record_example
 
@@ -132,7 +133,7 @@ def written_as_asked(command, *arguments: str, **question) -> xr.Dataset:
     assert status == 0, err
     assert "wrote result.zarr" in out
     wanted = explaind.attribute(command.run, INPUTS, progress=False, **{"nodes": 2, **question})
-    written = xr.open_zarr("result.zarr", consolidated=False)
+    written = explaind.open_result("result.zarr")
     assert set(written) == set(wanted)
     for name in {*wanted, *wanted.coords}:
         if wanted[name].dtype.kind == "f":  # a product depends, in its last bit, on where its factors lie in memory
@@ -191,15 +192,14 @@ def test_a_strategy_writes_along_its_own_axis(command, keep, strategy, axis):
     arguments = ("attribute", "run", *QUESTION, "--out", "result.zarr", "--strategy", strategy)
     for _ in range(2):
         assert command(*arguments, "--keep", keep)[0] == 0
-        written = xr.open_zarr("result.zarr", consolidated=False)
+        written = explaind.open_result("result.zarr")
         assert written.attrs["strategy"] == strategy
-        assert written.attrs["steps_done"] == written.sizes[axis]
     other = ",".join(a for a in keep.split(",") if a != axis)
     status, _, err = command(*arguments, "--keep", other)
     assert status == 2
-    assert f"without the {axis} axis is written in one go" in err
+    assert "out= holds the result of another question" in err
     assert command(*arguments[:-1], strategy, "--keep", other, "--out", "other.zarr")[0] == 0
-    assert "steps_done" not in xr.open_zarr("other.zarr", consolidated=False).attrs
+    assert explaind.open_result("other.zarr").attrs["strategy"] == strategy
 
 
 def test_a_plan_is_printed_and_nothing_is_done(command):
@@ -232,12 +232,63 @@ def test_attribute_takes_up_its_own_result_and_refuses_that_of_another_question(
 
 
 def test_attribute_overwrites_nothing(command):
-    """Without the axis that is written along there is nothing to take up."""
-    arguments = ("attribute", "run", *QUESTION, "--out", "result.zarr", "--keep", "layer")
+    (Path("mine.zarr")).mkdir()
+    (Path("mine.zarr") / "notes.txt").write_text("mine")
+    for keep in ("layer", "step,layer"):
+        status, _, err = command("attribute", "run", *QUESTION, "--out", "mine.zarr", "--keep", keep)
+        assert status == 2
+        assert err.startswith("error: there is something at out= that is no result: notes.txt")
+    assert [path.name for path in Path("mine.zarr").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("file", ["zarr.json", "kernel/zarr.json", "kernel/c/0/0/0/0"])
+def test_a_damaged_result_is_an_error_that_names_the_file(command, file):
+    arguments = ("attribute", "run", *QUESTION, "--out", "result.zarr")
     assert command(*arguments)[0] == 0
-    status, _, err = command(*arguments)
+    path = Path("result.zarr") / file
+    path.write_bytes(path.read_bytes()[:-3])
+    status, out, err = command(*arguments)
     assert status == 2
-    assert err.startswith("error: there is something at --out already")
+    assert err.startswith("error: ")
+    assert f"result.zarr/{file}" in err
+    assert "remedy:" in err
+    assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "start.safetensors", "steps/000/000002.safetensors"])
+@pytest.mark.parametrize("name", ["verify", "attribute"])
+def test_a_damaged_run_is_an_error_that_names_the_file(command, name, file):
+    shutil.copytree(command.run.path, "damaged")
+    path = Path("damaged") / file
+    path.write_bytes(path.read_bytes()[:-20])
+    out = ("--out", "result.zarr") if name == "attribute" else ()
+    status, out, err = command(name, "damaged", *QUESTION, *out)
+    assert status == 2
+    assert err.startswith("error: ")
+    assert f"damaged/{file}" in err
+    assert "Traceback" not in out + err
+    assert not Path("result.zarr").exists()
+
+
+def test_an_interrupted_attribution_says_how_to_go_on(command, monkeypatch):
+    arguments = ("attribute", "run", *QUESTION, "--out", "result.zarr")
+    with monkeypatch.context() as patch:
+        patch.setattr(appending, "BLOCK", 1)
+        write, made = appending.ResultWriter.append, []
+
+        def interrupted(self, block, labels):
+            if len(made) == 2:
+                raise KeyboardInterrupt
+            made.append(block)
+            write(self, block, labels)
+
+        patch.setattr(appending.ResultWriter, "append", interrupted)
+        status, out, err = command(*arguments)
+    assert status == 130
+    assert "interrupted; what was finished lies at result.zarr: continue by the same command" in out + err
+    assert explaind.open_result("result.zarr", unfinished=True).sizes["step"] == 2
+    assert command(*arguments)[0] == 0
+    assert explaind.open_result("result.zarr").sizes["step"] == 3
 
 
 def test_an_output_of_zeros_closes(command):

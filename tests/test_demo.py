@@ -49,7 +49,7 @@ def last_theta(folder) -> dict[str, torch.Tensor]:
 
 def test_it_writes_the_result_the_scores_and_the_picture(finished):
     folder, made, _ = finished
-    result = xr.open_zarr(folder / "result.zarr", consolidated=False)
+    result = explaind.open_result(folder / "result.zarr")
     assert dict(result.kernel.sizes) == {"step": 6, "layer": 6, "test": 8, "output": 9}
     assert result.layer.values.tolist() == list(LAYERS)
     scores = xr.open_zarr(folder / "scores.zarr", consolidated=False)

@@ -223,7 +223,7 @@ def _decompose(
         total = scores if total is None else (total + scores).assign_attrs(scores.attrs)
     assert total is not None
     total.to_zarr(folder / f"scores{setting.suffix}.zarr", mode="w", zarr_format=2, consolidated=False)
-    result = None if len(pieces) > 1 else xr.open_zarr(folder / "result.zarr", consolidated=False, chunks=None)
+    result = None if len(pieces) > 1 else explaind.open_result(folder / "result.zarr", check=False)
     return result, total, max(closures)
 
 
