@@ -4,10 +4,10 @@
     python benchmarks/faults.py attribution             50 random kills of attribute(..., out=)
     python benchmarks/faults.py writes                  a short recording and short attributions, killed at every write
 
-After each kill everything that was finished must be readable and what it would have been, and another process takes it up
-until the end, where it must be what it would have been without the kill, bit by bit. Exit status 0 means that nothing was
-lost, nothing wrong and no error unclear. Children are forked from one process that has imported torch, and report what
-they have finished through a pipe, so what a kill costs is measured. Linux only.
+After each kill everything that was finished must be readable and what it would have been, and another process takes
+it up until the end, where it must be what it would have been without the kill, bit by bit. Exit status 0 means that
+nothing was lost, nothing wrong and no error unclear. Children are forked from one process that has imported torch, and
+report what they have finished through a pipe, so what a kill costs is measured. Linux only.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class Training:
     width: int = 80
 
     def build(self) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Both as they begin."""
         torch.manual_seed(self.seed)
         middle: nn.Module = nn.BatchNorm1d(self.width) if self.normalised else nn.Identity()
         model = nn.Sequential(
@@ -70,6 +71,7 @@ class Training:
         return model, torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
 
     def data(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets."""
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randn(256, 20, generator=generator), torch.randint(10, (256,), generator=generator)
 
@@ -103,8 +105,9 @@ class Training:
             tell("closing")
         tell("closed")
 
-    def open(self, path: Path, **options: Any) -> explaind.Run:
-        return explaind.open_run(path, model=self.build()[0], **options)
+    def open(self, path: Path) -> explaind.Run:
+        """What was recorded."""
+        return explaind.open_run(path, model=self.build()[0])
 
 
 def _norm(model: nn.Module) -> torch.Tensor:
@@ -135,8 +138,9 @@ def fingerprints(run: explaind.Run) -> list[str]:
 
 
 def metrics(run: explaind.Run) -> list[list[float]]:
+    """What was logged, step by step."""
     found = run.metrics
-    return [[float(s), float(v)] for s, v in zip(found.step.values, found.norm.values, strict=True)] if found else []
+    return [[float(s), float(v)] for s, v in zip(found.step, found.norm, strict=True)] if found else []
 
 
 def questioned(run: explaind.Run) -> str:
@@ -155,8 +159,8 @@ class Findings:
     """Counts over all kills.
 
     Attributes:
-        phases: kills by what the child had last reported. lost: reported as finished, and gone. wrong: differs from what
-            it would have been, and nothing said so. unclear: errors without a place or a remedy, or of others.
+        phases: kills by what the child had last reported. lost: reported as finished, and gone. wrong: differs from
+            what it would have been, and nothing said so. unclear: errors where there should be none.
     """
 
     phases: Counter[str] = field(default_factory=Counter)
@@ -168,9 +172,11 @@ class Findings:
 
     @property
     def holds(self) -> bool:
+        """Whether a kill costs what was unfinished and nothing else."""
         return not (self.lost or self.wrong or self.unclear)
 
     def table(self, title: str, seconds: float) -> str:
+        """All counts, and the first notes."""
         lines = [title, *(f"  killed {phase:<34} {count:>5}" for phase, count in sorted(self.phases.items()))]
         lines += [
             f"  {'kills':<41} {sum(self.phases.values()):>5}",
@@ -183,6 +189,7 @@ class Findings:
         return "\n".join([*lines, *(f"  {note}" for note in self.notes[:20])])
 
     def check(self, right: bool, what: str) -> None:
+        """Count what is not right."""
         if not right:
             self.wrong += 1
             self.notes.append(f"wrong: {what}")
@@ -233,6 +240,7 @@ def ended(process: Any, receive: Connection) -> list[str]:
 
 
 def kill_after(process: Any, seconds: float) -> None:
+    """Kill a child, if it is not over by then."""
     process.join(seconds)
     process.kill()
     process.join()
@@ -340,9 +348,13 @@ class Attribution:
     seconds: float = 0.0
     files: dict[str, bytes] = field(default_factory=dict)
 
-    def ask(self, out: Path, tell: Callable[[str], object] = id) -> None:
-        """In a child: what is changed here stays here."""
+    def ask(self, out: Path | None, tell: Callable[[str], object] = id, *, warm: bool = False) -> None:
+        """In a child, where what is changed here stays; or about one step, to warm up."""
         inputs = torch.randn(self.tests, 20, generator=torch.Generator().manual_seed(9))
+        ask = partial(explaind.attribute, self.run, keep=self.keep, strategy=self.strategy, progress=False)
+        if warm:
+            ask(inputs[:1], steps=[1], nodes=1)
+            return
         appending.BLOCK = self.block
         choose, append = attribution.choose, appending.ResultWriter.append
         attribution.choose = lambda *arguments: replace(choose(*arguments), rows=self.block)
@@ -352,14 +364,13 @@ class Attribution:
             tell(f"block {self.done}")
 
         appending.ResultWriter.append = reported
-        result = explaind.attribute(
-            self.run, inputs, keep=self.keep, strategy=self.strategy, nodes="adaptive", out=out, progress=False
-        )
+        result = ask(inputs, nodes="adaptive", out=out)
         if explaind.closure_error(result) > 1e-3:
             raise RuntimeError("the result does not close")
         tell("done")
 
     def prepare(self, folder: Path) -> None:
+        """Ask without a kill."""
         started = time.perf_counter()
         path = folder / f"{self.name}.zarr"
         ended(*child(lambda tell: self.ask(path, tell)))
@@ -368,6 +379,7 @@ class Attribution:
         self.axis = "test" if self.strategy == "adjoint" else "step"
 
     def examine(self, path: Path, messages: Sequence[str], findings: Findings, reference: Path, what: str) -> None:
+        """After a kill: read, take up, read again."""
         reported = max((int(m.split()[1]) for m in messages if m.startswith("block")), default=0)
         try:
             done = int(ended(*child(lambda tell: self.read(path, reference, tell)))[-1])
@@ -407,10 +419,13 @@ def _questions(folder: Path, steps: int, tests: int = 12) -> list[Attribution]:
     ended(*child(partial(_record, training, folder / "run")))
     run = training.open(folder / "run")
     block = max(1, steps // 12)
-    return [
+    cases = [
         Attribution("forward", run, ("step", "layer", "test", "output"), "forward", block, tests),
         Attribution("adjoint", run, ("layer", "train", "test"), "adjoint", max(1, tests // 6), tests),
     ]
+    for case in cases:  # what torch imports and traces at first use, once for all children
+        case.ask(None, warm=True)
+    return cases
 
 
 def attributions(kills: int, steps: int, seed: int) -> bool:
@@ -485,12 +500,12 @@ def _deadly(tell: Callable[[str], object], folder: Path, position: int, torn: bo
 
 
 def every_write(
-    folder: Path, go: Callable[..., object], examine: Callable[[Sequence[str], Findings, str], None]
+    folder: Path, go: Callable[..., object], examine: Callable[[Sequence[str], Findings, str], None], stride: int
 ) -> Iterator[Findings]:
-    """Kill at every write in turn, until there is none left."""
+    """Kill at every write in turn, until there is none left; or at every so many, other ones torn than not."""
     for torn in (False, True):
         findings = Findings()
-        for position in range(10_000):
+        for position in range(torn * (stride // 2), 10_000, stride):
             process, receive = child(_deadly, folder, position, torn, go)
             messages = told(receive)
             process.join()
@@ -508,7 +523,17 @@ def every_write(
         yield findings
 
 
-def writes(modes: Sequence[str], steps: int = 3) -> bool:
+def _after(case: Recording, path: Path, messages: Sequence[str], findings: Findings, what: str) -> None:
+    case.examine(path, messages, findings, ask=True, what=what)
+
+
+def _after_asking(
+    case: Attribution, path: Path, reference: Path, messages: Sequence[str], findings: Findings, what: str
+) -> None:
+    case.examine(path, messages, findings, reference, what)
+
+
+def writes(modes: Sequence[str], stride: int, steps: int = 3) -> bool:
     """Every write of a short recording of each mode, and of a short attribution of each kind."""
     holds = True
     with tempfile.TemporaryDirectory(prefix="explaind-kills-") as name:
@@ -520,7 +545,7 @@ def writes(modes: Sequence[str], steps: int = 3) -> bool:
             path = folder / "run"
             started = time.perf_counter()
             go = partial(_record, case.training, path)
-            for findings in every_write(folder, go, lambda m, f, w: case.examine(path, m, f, ask=True, what=w)):  # noqa: B023
+            for findings in every_write(folder, go, partial(_after, case, path), stride):
                 title = f"recording, mode {mode!r}: {steps} steps, killed at every write"
                 print(findings.table(title, time.perf_counter() - started), flush=True)
                 holds &= findings.holds
@@ -532,7 +557,7 @@ def writes(modes: Sequence[str], steps: int = 3) -> bool:
             path, reference = folder / "result.zarr", base / f"{question.name}.zarr"
             started = time.perf_counter()
             go = partial(_ask, question, path)
-            for findings in every_write(folder, go, lambda m, f, w: question.examine(path, m, f, reference, w)):  # noqa: B023
+            for findings in every_write(folder, go, partial(_after_asking, question, path, reference), stride):
                 title = f"attribution, {question.name}: 2 blocks, killed at every write"
                 print(findings.table(title, time.perf_counter() - started), flush=True)
                 holds &= findings.holds
@@ -546,6 +571,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, help="200 of recordings (of each mode), 50 of attributions")
     parser.add_argument("--steps", type=int, help="of the training: 300, or 60 for attributions")
     parser.add_argument("--modes", default="steps", help="of Recorder, separated by commas")
+    parser.add_argument("--stride", type=int, default=1, help="writes: at every so many")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     modes = given.modes.split(",")
@@ -557,7 +583,7 @@ def main() -> None:
     elif given.what == "attribution":
         holds = attributions(given.kills or 50, given.steps or 60, given.seed)
     else:
-        holds = writes(modes)
+        holds = writes(modes, given.stride)
     sys.exit(0 if holds else 1)
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -95,6 +95,9 @@ class ResultWriter:
                     if not self.done:
                         self._begin()
                 self._held = held.pop_all()
+        elif self._place.folder is not None and _lock_path(self._place).exists():  # of one that was killed when all was done
+            with suppress(StoreError), _alone(self._place):
+                pass
         if self.done:
             check_files(self._place, self._record, contents=True)
         return self
@@ -236,8 +239,8 @@ def _alone(place: Place) -> Iterator[None]:
     if place.folder is None:
         yield
         return
-    path = place.folder.resolve()
-    lock = filelock.FileLock(path.with_name(path.name + ".lock"), timeout=0)
+    path = _lock_path(place)
+    lock = filelock.FileLock(path, timeout=0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -256,6 +259,12 @@ def _alone(place: Place) -> Iterator[None]:
             Path(lock.lock_file).unlink(missing_ok=True)  # while it is held, so that nobody else's goes
         finally:
             lock.release()
+
+
+def _lock_path(place: Place) -> Path:
+    """Beside a local result, and not in it: whatever lies in a zarr folder is part of it."""
+    path = (place.folder or Path()).resolve()
+    return path.with_name(path.name + ".lock")
 
 
 def _variable(name: str, value: Any) -> xr.Variable:

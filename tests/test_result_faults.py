@@ -286,6 +286,9 @@ def test_a_finished_result_is_read_while_somebody_holds_its_lock(tmp_path):
     ask(tmp_path / "result.zarr")
     with filelock.FileLock(tmp_path / "result.zarr.lock"):
         xr.testing.assert_identical(ask(tmp_path / "result.zarr").load(), ask(None))
+    assert (tmp_path / "result.zarr.lock").exists()
+    ask(tmp_path / "result.zarr")  # nobody holds it: left by a process that was killed when all was done
+    assert not (tmp_path / "result.zarr.lock").exists()
 
 
 # ------------------------------------------------------------------ full disks, folders that cannot be written
