@@ -94,13 +94,18 @@ class ResultWriter:
                     self._place.remove_partial()
                     if not self.done:
                         self._begin()
+                self._check()
                 self._held = held.pop_all()
-        elif self._place.folder is not None and _lock_path(self._place).exists():  # of one that was killed when all was done
-            with suppress(StoreError), _alone(self._place):
+            return self
+        self._check()
+        if self._place.folder is not None and _lock_path(self._place).exists():
+            with suppress(StoreError), _alone(self._place):  # which removes it: somebody was killed when all was done
                 pass
+        return self
+
+    def _check(self) -> None:
         if self.done:
             check_files(self._place, self._record, contents=True)
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
