@@ -24,7 +24,6 @@ from torch import Tensor
 from explaind_core.coefficients import FilterState, StepCoefficients
 from explaind_core.contract import term_names, updates_of
 from explaind_core.decompose import StepDecomposition
-from explaind_core.entries import samples_of
 from explaind_core.errors import QuestionError
 from explaind_core.layers import Layer
 from explaind_core.operators import apply_each, is_elementwise
@@ -33,6 +32,7 @@ from explaind_core.question import Question
 from explaind_core.recorded import FLAT, to_dense
 from explaind_core.restrictions import Segment
 from explaind_core.reverse import feature_map, reduced, rest_change
+from explaind_core.shares import samples_of
 from explaind_core.stepwise import finite_values
 from explaind_core.tape import Tape
 from explaind_core.windows import Contribution, Places, WindowSum
@@ -79,7 +79,7 @@ class Adjoint:
         self.question, self.tape, self.block, self.scale, self.method = question, tape, block, scale, method
         self.names, self.places = term_names(question.run), Places(question)
         rows = block.stop - block.start
-        self.sums = [WindowSum(question, w, outputs, self.names, rows) for w in range(len(question.windows))]
+        self.sums = [WindowSum(question, w, outputs, question.terms, rows) for w in range(len(question.windows))]
         self.ends = {segment.steps[-1]: segment for segment in question.segments}
         self.inside = {s: segment for segment in question.segments for s in segment.steps}
         self.row_of = {s: n for n, s in enumerate(question.gradient_steps)}
@@ -120,10 +120,10 @@ class Adjoint:
         question, total = self.question, self.sums[segment.window]
         a, b = segment.steps[0] - 1, segment.steps[-1]
         start = question.run.theta(a) if len(segment.steps) > 1 else split.theta_before
-        before, after = (
-            reduced(finite_values(question, theta, s, self.block), question)
-            for theta, s in ((start, a), (split.theta, b))
-        )
+        end = after = reduced(finite_values(question, split.theta, b, self.block), question)
+        if question.function.moves:
+            after = reduced(finite_values(question, split.theta, b, self.block, buffers=a), question)
+        before = reduced(finite_values(question, start, a, self.block), question)
         moved = {n: split.theta[n].double() - start[n].double() for n in start}
         rest = None if question.rest is None else question.rest.share(moved)
 
@@ -148,10 +148,11 @@ class Adjoint:
         )  # fmt: skip
         self.rung = climbed.rung
         phi, outside = climbed.best
-        total.change += after - before
+        total.statistics += end - after
+        total.change += end - before
         total.omitted += outside
         total.count(nodes=climbed.nodes, evaluations=climbed.evaluations, converged=climbed.converged)
-        return {n: g.flatten(0, 1) for n, g in phi.items()}, (before, after)
+        return {n: g.flatten(0, 1) for n, g in phi.items()}, (before, end)
 
     def _add_plain_terms(self, segment: Segment, split: StepDecomposition, phi: FeatureMap) -> None:
         """Regularization and prehistory, which need no adjoint."""
@@ -249,22 +250,27 @@ class Adjoint:
         names = [n for n in split.gradients if any(n in part for parts in worth.values() for part in parts)]
         if not names:
             return
-        samples, scale = samples_of(question, split, names)
+        samples = samples_of(question, split, names)
         positions = question.train.positions(samples.ids)
         asked = positions >= 0
         places = positions[asked] if question.keeps("train") else torch.zeros_like(positions[asked])
+        fed = {n: gradients[n] for n in names}
+        for w, parts in worth.items() if question.carries else ():  # less the samples' shares, below
+            self._add_summed(self.sums[w], "unattributed", 0, parts, fed, sign=-1)
         if question.keeps("parameter"):
             for part, shares in samples.chunks():
-                self._add_by_parameter(worth, shares, positions[part], i, scale)
+                self._add_by_parameter(worth, shares, positions[part], i)
             return
         flat = [part for parts in worth.values() for part in parts]
         inner = samples.inner([{n: t for n, t in part.items() if n in names} for part in flat], method=self.method)
-        inner = -scale * inner.reshape(len(worth), len(question.layers), *self._edge(), -1)
+        inner = -inner.reshape(len(worth), len(question.layers), *self._edge(), -1)
         for w, values in zip(worth, inner, strict=True):
             term = self.sums[w].terms["kernel"]  # [I', L', P', T', n', J']
             by_layer = values if question.keeps("layer") else values.sum(0, keepdim=True)
             term[i, :, 0].index_add_(1, places, by_layer[..., asked].permute(0, 3, 1, 2))
             self.sums[w].omitted += values[..., ~asked].sum((0, -1))
+            if question.carries:
+                self.sums[w].terms["unattributed"][0, :, 0, 0] -= by_layer.sum(-1)
 
     def _edge(self) -> tuple[int, int]:
         """(n', J') of the block."""
@@ -294,7 +300,7 @@ class Adjoint:
                     total.terms[term][i, where, 0, 0] += sign * (rows @ g.double()).reshape(self._edge())
 
     def _add_by_parameter(
-        self, worth: dict[int, Worth], shares: Mapping[str, Tensor], positions: Tensor, i: int, scale: float
+        self, worth: dict[int, Worth], shares: Mapping[str, Tensor], positions: Tensor, i: int
     ) -> None:
         question = self.question
         for w, parts in worth.items():
@@ -307,7 +313,9 @@ class Adjoint:
                     inside, columns = self.places.columns(n, layer.masks.get(n))
                     rows = a.flatten(1)[:, inside].double()
                     for k, g in zip(positions.tolist(), shares[n].cpu().flatten(1)[:, inside].double(), strict=True):
-                        found = -scale * (rows * g).T.reshape(-1, *self._edge())
+                        found = -(rows * g).T.reshape(-1, *self._edge())
+                        if question.carries:
+                            total.terms["unattributed"][0, where, columns, 0] -= found
                         if k < 0:
                             total.omitted += found.sum(0)
                         else:

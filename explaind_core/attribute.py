@@ -17,7 +17,7 @@ from explaind_core.progress import counted
 from explaind_core.question import DEFAULT_AXES, Question
 from explaind_core.results import TERMS, Frame, closure_error, summed
 from explaind_core.run import Run
-from explaind_core.stepwise import stepwise
+from explaind_core.stepwise import finite_values, stepwise
 from explaind_core.strategy import Choice, choose
 from explaind_core.tape import Tape
 from explaind_core.windows import Contribution
@@ -42,6 +42,8 @@ def attribute(
     chords: int = 1,
     strategy: str | None = None,
     memory: str | int = "4GiB",
+    unattributed: str = "refuse",
+    buffers: str = "recorded",
     engine: str = "local",
     progress: bool = True,
     out: str | os.PathLike[str] | None = None,
@@ -77,6 +79,11 @@ def attribute(
         strategy: ``"forward"``, ``"reverse"``, ``"features"`` or ``"adjoint"``; the cheapest by default, see
             :func:`explaind_core.plan`.
         memory: the most that the result, and what is held to compute it, may take.
+        unattributed: what to do where the gradients of a step's samples do not add up to the gradient that it was fed:
+            ``"refuse"``, or ``"carry"`` the difference as a term of its own.
+        buffers: where buffers moved in training (running statistics): ``"recorded"``, f is at every step that of the
+            buffers then, and what their moves added is the term ``statistics``; or ``"final"``, f is that of the last
+            ones throughout.
         engine: ``"local"``.
         progress: show a bar with the remaining time.
         out: a zarr folder to write to while computing, in blocks of 50 steps (or, with the adjoint, blocks of test
@@ -84,9 +91,11 @@ def attribute(
             ``memory``, and an interrupted call resumes. See :func:`explaind_core.open_result`.
 
     Returns:
-        A Dataset over the kept axes: ``kernel``; ``regularization`` (and ``prehistory``, where recording began
-        with a used optimizer) without gradient_step and train; ``residual`` and ``omitted`` over (step, test, output)
-        as far as kept; ``initial`` and ``final`` over (test, output) as far as kept; ``nodes``, ``converged`` and
+        A Dataset over the kept axes: ``kernel``; without gradient_step and train ``regularization`` and, where there is
+        something to tell, ``prehistory`` (recording began with a used optimizer), ``penalty`` (a term of the loss that
+        depends on the parameters alone) and ``unattributed`` (what no sample explains of the gradients); over (step,
+        test, output) as far as kept ``residual``, ``omitted`` and, where buffers moved, ``statistics``; ``initial`` and
+        ``final`` over (test, output) as far as kept; ``nodes``, ``converged`` and
         ``update_error`` over step. ``omitted`` is what restrictions left out: other layers, training samples and
         gradient steps, and steps between those asked for. Along ``parameter`` stand positions in all parameters, one
         behind the other, and ``tensor``, a number into ``attrs["tensors"]``.
@@ -125,6 +134,8 @@ def attribute(
         chords=chords,
         strategy=strategy,
         memory=memory,
+        unattributed=unattributed,
+        buffers=buffers,
     )
     return answer(question, progress=progress, out=out)
 
@@ -159,8 +170,10 @@ def _in_memory(frame: Frame, choice: Choice, progress: bool) -> xr.Dataset:
 def _forwards(frame: Frame, first: int, progress: bool) -> Iterator[Contribution]:
     """The contributions of the windows from ``first`` on, one after the other."""
     question = frame.question
-    theta = question.run.theta(question.windows[first - 1].steps[-1]) if first else None
-    last_values = frame.initial if theta is None else question.function.values(theta)
+    last_values = frame.initial
+    if first:
+        reached = question.windows[first - 1].steps[-1]
+        last_values = finite_values(question, question.run.theta(reached), reached)
     steps = sum(len(window.steps) for window in question.windows[first:])
     with counted(steps, "attributing", enabled=progress) as advance:
         yield from stepwise(

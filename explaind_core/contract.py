@@ -64,9 +64,13 @@ class _Tangents:
 
 
 def term_names(run: Run) -> tuple[str, ...]:
-    """The terms of a run's decomposition: a prehistory only where recording began with a used optimizer."""
+    """The terms of a run's updates.
+
+    There is a prehistory only where recording began with a used optimizer, a penalty only where the loss had one.
+    """
     used = any(run.optimizer_state(0).values())
-    return ("kernel", "regularization", "prehistory") if used else ("kernel", "regularization")
+    others = (("prehistory",) if used else ()) + (("penalty",) if run.penalty is not None else ())
+    return ("kernel", "regularization", *others)
 
 
 def refine(

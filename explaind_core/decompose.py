@@ -2,13 +2,15 @@
 
 For each parameter tensor, with everything on the right in float64::
 
-    theta_s - theta_{s-1} = kernel_s + regularization_s + prehistory_s + error_s
+    theta_s - theta_{s-1} = kernel_s + regularization_s + penalty_s + prehistory_s + error_s
     kernel_s         = - sum_{i<=s} alpha_{s,i} P_s E_i g_i
     regularization_s = - rho_s theta_{s-1} - P_s[ sum_{i<=s} alpha_{s,i} W_i theta_{i-1} ]
+    penalty_s        = - sum_{i<=s} alpha_{s,i} P_s E_i d penalty / d theta_{i-1}   (zero unless the loss has one)
     prehistory_s     = - P_s[ C_s A_{s-1} ... A_1 m_0 ]     (zero unless recording began with a used optimizer)
 
-The sums over i are never formed: the filter runs once over the kernel's inputs, once over the decay's and
-once over m_0. ``error_s`` is what the declaration does not explain: rounding, for a correct one.
+Where the loss has a penalty, a term of the parameters alone, g_i is the fed gradient less the penalty's.
+The sums over i are never formed: the filter runs once over the kernel's inputs, once over the decay's, once over the
+penalty's and once over m_0. ``error_s`` is what the declaration does not explain: rounding, for a correct one.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from torch import Tensor
 from explaind_core.coefficients import FilterState, LinearFilter, RecordedStep, StepCoefficients, UpdateRule
 from explaind_core.errors import CoefficientError, RecordingError
 from explaind_core.operators import OfReadout
+from explaind_core.penalties import penalty_gradients
 from explaind_core.recorded import FLAT, flat_step, recorded_step, split_flat, to_dense
 from explaind_core.replay import Replay, ReplayedStep
 from explaind_core.run import Run
@@ -44,7 +47,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class UpdateSplit:
-    """One parameter's update in float64; each part is what is ADDED to theta. ``prehistory`` is None where zero.
+    """One parameter's update in float64; each part is what is ADDED to theta.
+
+    ``prehistory`` and ``penalty`` are None where zero.
 
     ``missed`` is what a secant had to add to the preconditioner's update, ``moved`` the update's own size (2-norms,
     0 for a rule that needs no secant).
@@ -56,12 +61,15 @@ class UpdateSplit:
     displacement: Tensor
     missed: float = 0.0
     moved: float = 0.0
+    penalty: Tensor | None = None
 
     @property
     def declared(self) -> Tensor:
-        """Kernel + regularization + prehistory."""
+        """Kernel + regularization + prehistory + penalty."""
         total = self.kernel + self.regularization
-        return total if self.prehistory is None else total + self.prehistory
+        for part in (self.prehistory, self.penalty):
+            total = total if part is None else total + part
+        return total
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,8 @@ class StepDecomposition:
         drift: largest difference between the replayed and the recorded theta_s.
         correction: the size of the rank-one secants relative to the update, for a rule that is closed by them.
         coefficients: what the rule declared, by parameter name (one entry ``FLAT`` for a flat rule).
-        gradients: as they were fed, in the run's dtype. taken_at: where they were taken: theta_before, for most.
+        gradients: as they were fed, less a penalty's, in the run's dtype.
+        taken_at: where they were taken: theta_before, for most.
     """
 
     step: int
@@ -93,7 +102,7 @@ class StepDecomposition:
 
 
 class ParameterFilter:
-    """The three filter states of one parameter, and its clock."""
+    """The four filter states of one parameter, and its clock."""
 
     def __init__(self, name: str, rule: UpdateRule, state: Mapping[str, object], shape: torch.Size) -> None:
         self.name, self.shape = name, shape
@@ -101,6 +110,7 @@ class ParameterFilter:
         self.clock = int(clock.item() if isinstance(clock, Tensor) else clock)  # type: ignore[call-overload]
         self.kernel: FilterState = ()
         self.decay: FilterState = ()
+        self.penalty: FilterState = ()
         self.prehistory: FilterState = ()
         held = {k: to_dense(t) for k, t in state.items() if k != "step" and isinstance(t, Tensor)}
         # Some optimizers fill their state before their first step; a clock at 0 says that it is unused.
@@ -110,8 +120,8 @@ class ParameterFilter:
         if any(key in self.used for key in rule.filter_states):
             self.prehistory = tuple(_initial(state.get(key), shape) for key in rule.filter_states)
 
-    def advance(self, split: _Inputs, coefficients: LinearFilter) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Feed one step; what the filter reads out of gradients, of decay and of prehistory (None where zero)."""
+    def advance(self, split: _Inputs, coefficients: LinearFilter) -> tuple[Tensor, dict[str, Tensor]]:
+        """Feed one step; what the filter reads out of gradients, and of the other parts that are not zero."""
         if self.used and coefficients.order and not self.named:
             raise RecordingError(
                 "recording began with a used optimizer, and its rule does not say which state is the filter's",
@@ -121,18 +131,14 @@ class ParameterFilter:
             )
         self.kernel = self._grown(self.kernel, coefficients)
         kernel, self.kernel = coefficients.advance(self.kernel, split.gradient)
-        decay: Tensor | None = None
-        if split.decay is not None or self.decay:
-            self.decay = self._grown(self.decay, coefficients)
-            decay, self.decay = coefficients.advance(
-                self.decay, split.decay if split.decay is not None else torch.zeros_like(split.gradient)
-            )
-        prehistory: Tensor | None = None
-        if self.prehistory:
-            prehistory, self.prehistory = coefficients.advance(
-                self._grown(self.prehistory, coefficients), torch.zeros_like(split.gradient)
-            )
-        return kernel, decay, prehistory
+        others: dict[str, Tensor] = {}
+        for name, fed in (("decay", split.decay), ("penalty", split.penalty), ("prehistory", None)):
+            state: FilterState = getattr(self, name)
+            if fed is not None or state:
+                fed = torch.zeros_like(split.gradient) if fed is None else fed
+                others[name], state = coefficients.advance(self._grown(state, coefficients), fed)
+                setattr(self, name, state)
+        return kernel, others
 
     def _grown(self, state: FilterState, coefficients: LinearFilter) -> FilterState:
         """Filters may gain states during a run (momentum switched on), which start at zero; never lose them."""
@@ -156,12 +162,16 @@ def _initial(value: object, shape: torch.Size) -> Tensor:
 class _Inputs:
     gradient: Tensor
     decay: Tensor | None
+    penalty: Tensor | None
 
 
 def split_update(
-    rule: UpdateRule, recorded: RecordedStep, memory: ParameterFilter
+    rule: UpdateRule, recorded: RecordedStep, memory: ParameterFilter, penalty: Tensor | None = None
 ) -> tuple[UpdateSplit, StepCoefficients]:
-    """Split one parameter's update by the rule's coefficients, advancing its filter ``memory``."""
+    """Split one parameter's update by the rule's coefficients, advancing its filter ``memory``.
+
+    ``penalty`` is what a penalty's gradient is in the fed one.
+    """
     declared = rule.coefficients(recorded)
     if not isinstance(declared, StepCoefficients):
         raise CoefficientError(
@@ -173,10 +183,11 @@ def split_update(
         getattr(declared, n) for n in ("preconditioner", "gradient_operator", "coupled_decay", "decoupled_decay")
     )
     coupled = None if _zero(W) else W.apply(recorded.theta)
-    inputs = _Inputs(E.apply(recorded.gradient), coupled)
-    kernel, decay, prehistory = memory.advance(inputs, declared.filter)
+    gradient = recorded.gradient if penalty is None else recorded.gradient - penalty
+    inputs = _Inputs(E.apply(gradient), coupled, None if penalty is None else E.apply(penalty))
+    kernel, others = memory.advance(inputs, declared.filter)
     missed = moved = 0.0
-    out = sum((part for part in (decay, prehistory) if part is not None), kernel)  # all that the filter reads out
+    out = sum(others.values(), kernel)  # all that the filter reads out
     if isinstance(P, OfReadout):
         P = P.make(out)
         declared = replace(declared, preconditioner=P)
@@ -184,16 +195,17 @@ def split_update(
         update = -(recorded.displacement + rho.apply(recorded.theta))
         P, missed = closed(P, out, update)
         moved, declared = float(update.norm()), replace(declared, preconditioner=P)
-    regularization = torch.zeros_like(recorded.theta) if decay is None else -P.apply(decay)
+    regularization = -P.apply(others["decay"]) if "decay" in others else torch.zeros_like(recorded.theta)
     if not _zero(rho):
         regularization = regularization - rho.apply(recorded.theta)
     split = UpdateSplit(
         kernel=-P.apply(kernel),
         regularization=regularization,
-        prehistory=None if prehistory is None else -P.apply(prehistory),
+        prehistory=-P.apply(others["prehistory"]) if "prehistory" in others else None,
         displacement=recorded.displacement,
         missed=missed,
         moved=moved,
+        penalty=-P.apply(others["penalty"]) if "penalty" in others else None,
     )
     if not torch.isfinite(split.declared).all():
         raise CoefficientError(
@@ -239,7 +251,7 @@ class Decomposer:
     """
 
     def __init__(self, run: Run) -> None:
-        self._replay = Replay(run)
+        self._run, self._replay = run, Replay(run)
         self._rule = self._replay.rule().rule
         self._memories: dict[str, ParameterFilter] = {}
 
@@ -247,7 +259,8 @@ class Decomposer:
         """The steps ``start + 1 .. until``; the state after ``start`` must be the present one."""
         rule = self._rule
         for replayed in self._replay.steps(start=start, until=until):
-            found = split_step(rule, replayed, self._memories)
+            penalties = penalty_gradients(self._run, replayed)
+            found = split_step(rule, replayed, self._memories, penalties)
             splits = {name: split for name, (split, _, _) in found.items()}
             correction = relative_correction(splits.values())
             for member, names in _by_member(rule, replayed, splits):
@@ -256,14 +269,14 @@ class Decomposer:
             yield replace(
                 decomposed,
                 coefficients={name: declared for name, (_, declared, _) in found.items()},
-                gradients=replayed.gradients,
+                gradients=_less(replayed.gradients, penalties),
                 taken_at=replayed.theta_before if replayed.gradient_point is None else replayed.gradient_point,
             )
 
     def state(self) -> dict[str, Any]:
         """The optimizer's and the filters' state after the last step, to be given back to :meth:`load`."""
         filters = {
-            name: {"clock": m.clock, "kernel": m.kernel, "decay": m.decay, "prehistory": m.prehistory}
+            name: {entry: getattr(m, entry) for entry in ("clock", "kernel", "decay", "penalty", "prehistory")}
             for name, m in self._memories.items()
         }
         return {"optimizer": self._replay.state(), "filters": filters}
@@ -280,9 +293,14 @@ class Decomposer:
 
 
 def split_step(
-    rule: UpdateRule, replayed: ReplayedStep, memories: dict[str, ParameterFilter]
+    rule: UpdateRule,
+    replayed: ReplayedStep,
+    memories: dict[str, ParameterFilter],
+    penalties: Mapping[str, Tensor] | None = None,
 ) -> dict[str, tuple[UpdateSplit, StepCoefficients, RecordedStep]]:
     """Split the updates of all parameters that step s updates; ``memories`` are advanced, and made where missing.
+
+    ``penalties`` are the gradients of a penalty, by parameter name.
 
     For a ``flat`` rule there is one entry, over all of them: see :func:`by_parameter`.
     """
@@ -300,7 +318,13 @@ def split_step(
         memory = memories[name]
         memory.clock += 1
         step = flat_step(replayed, names, memory.clock) if rule.flat else recorded_step(replayed, name, memory.clock)
-        found[name] = (*split_update(member, step, memory), step)
+        penalty: Tensor | None = None
+        if penalties is not None:
+            whole = [
+                penalties.get(n, torch.zeros_like(replayed.theta[n])).reshape(-1).double() for n in names or [name]
+            ]
+            penalty = torch.cat(whole).reshape(step.theta.shape)
+        found[name] = (*split_update(member, step, memory, penalty), step)
     return found
 
 
@@ -322,16 +346,29 @@ def by_parameter(rule: UpdateRule, replayed: ReplayedStep, splits: Mapping[str, 
     whole, names = splits[FLAT], list(replayed.hyper)
     parts = [
         None if vector is None else split_flat(vector, replayed.theta, names)
-        for vector in (whole.kernel, whole.regularization, whole.prehistory, whole.displacement)
+        for vector in (whole.kernel, whole.regularization, whole.prehistory, whole.displacement, whole.penalty)
     ]
-    kernel, regularization, prehistory, displacement = parts
+    kernel, regularization, prehistory, displacement, penalty = parts
     assert kernel is not None
     assert regularization is not None
     assert displacement is not None
     return {
-        n: UpdateSplit(kernel[n], regularization[n], None if prehistory is None else prehistory[n], displacement[n])
+        n: UpdateSplit(
+            kernel[n],
+            regularization[n],
+            None if prehistory is None else prehistory[n],
+            displacement[n],
+            penalty=None if penalty is None else penalty[n],
+        )
         for n in names
     }
+
+
+def _less(gradients: Mapping[str, Tensor], penalties: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The gradients without the penalty's part; as they are where there is no penalty."""
+    if penalties is None:
+        return dict(gradients)
+    return {n: to_dense(g) - penalties[n].to(g.dtype) if n in penalties else g for n, g in gradients.items()}
 
 
 def relative_correction(splits: Iterable[UpdateSplit]) -> float:

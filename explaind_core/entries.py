@@ -14,14 +14,13 @@ from torch import Tensor
 
 from explaind_core.coefficients import FilterState
 from explaind_core.decompose import StepDecomposition, decompose
-from explaind_core.errors import ExplaindError, RecordingError
 from explaind_core.factors import slices
 from explaind_core.operators import apply_each
 from explaind_core.question import Question
 from explaind_core.recorded import FLAT, split_flat, to_dense
-from explaind_core.sample_gradients import SampleGradients
+from explaind_core.shares import samples_of
 
-__all__ = ["HELD", "STATES", "EntryFeatures", "horizon", "samples_of"]
+__all__ = ["HELD", "STATES", "EntryFeatures", "horizon"]
 
 #: Filter states assumed per parameter: momentum has one, some optimizers two.
 STATES = 2
@@ -31,48 +30,11 @@ HELD = 1 + STATES
 BLOCK = 2**20
 
 
-def samples_of(question: Question, split: StepDecomposition, names: list[str]) -> tuple[SampleGradients, float]:
-    """The gradients of one step's samples, and the factor by which they make up the gradient that was fed.
-
-    The model is run in training mode, as it was trained, or else in evaluation mode, as a fine-tuned one may have been:
-    the one whose gradients are those that were recorded is right.
-
-    Raises:
-        RecordingError: neither is.
-    """
-    run = question.run
-    assert run.loss is not None
-    recorded = {n: split.gradients[n] for n in names if n in split.gradients}
-    batch, factor = run.batch(split.step), run.gradient_factor(split.step)
-    first: ExplaindError | None = None
-    for training in (run.trains_in_training_mode, not run.trains_in_training_mode):
-        try:
-            buffers = run.buffers(split.step - 1)
-            samples = SampleGradients(run.model_in(training), run.loss, batch, split.taken_at, buffers, names)
-            scale = samples.fit(recorded, step=split.step, factor=factor)
-        except RecordingError as error:
-            first = first or error
-            continue
-        except ValueError as error:  # torch's own, of batch normalisation that is given a single sample
-            first = first or RecordingError(
-                f"the model cannot be run on a part of a batch: {error}",
-                where=f"step {split.step}",
-                remedy="a gradient has no share per sample there: keep only axes other than train",
-            )
-            continue
-        run.trains_in_training_mode = training
-        smallest, largest = question.facts.get("gradient_factor", (scale, scale))
-        question.facts["gradient_factor"] = [min(smallest, scale), max(largest, scale)]
-        return samples, scale
-    assert first is not None
-    raise first
-
-
 class EntryFeatures:
     """The filter states of all entries of a question, fed step by step.
 
-    The entries are those of (gradient_step, train) as far as kept, in this order, and one more for what is not asked
-    for where gradients are restricted.
+    The entries are those of (gradient_step, train) as far as kept, in this order, one more for what is not asked
+    for where gradients are restricted, and one for what no sample explains where that is carried.
 
     Args:
         question: the question. names: the parameters whose features are wanted.
@@ -90,7 +52,8 @@ class EntryFeatures:
         )
         self.asked = self.shape[0] * self.shape[1]
         self.others = others and question.restricts_gradients
-        self.count = self.asked + self.others
+        self.remainder = others and question.carries
+        self.count = self.asked + self.others + self.remainder
         self._states: dict[str, FilterState] = {}
         self._fed: dict[str, Tensor] = {}
 
@@ -161,29 +124,36 @@ class EntryFeatures:
         if not asked and not self.others:
             return fed
         if not asked or train is None:
-            place = row if asked else self.count - 1
+            place = row if asked else self.asked
             for n in names:
                 if n in split.gradients:
                     fed[n][place] = to_dense(split.gradients[n])
             return fed
-        samples, scale = samples_of(self.question, split, names)
+        samples = samples_of(self.question, split, names)
         positions = train.positions(samples.ids)
         if self.shape[1] == 1:  # not told apart
             positions = torch.where(positions >= 0, torch.zeros_like(positions), positions)
-        places = torch.where(positions >= 0, positions + row, self.count - 1 if self.others else -1)
+        places = torch.where(positions >= 0, positions + row, self.asked if self.others else -1)
         present = torch.unique(places[places >= 0])
         if not len(present):
-            return fed
+            return self._with_remainder(fed, split)
         if 4 * len(present) <= int((places >= 0).sum()):  # few groups: one backward pass each
-            weights = (places == present[:, None]).to(next(iter(fed.values())).dtype) * scale
+            weights = (places == present[:, None]).to(next(iter(fed.values())).dtype)
             for n, g in samples.weighted(weights).items():
                 fed[n][present] = g.cpu()
-            return fed
+            return self._with_remainder(fed, split)
         for part, gradients in samples.chunks(places >= 0):
             here = places[part]
             wanted = here >= 0
             for n, g in gradients.items():
-                fed[n].index_add_(0, here[wanted], g.cpu() if bool(wanted.all()) else g.cpu()[wanted], alpha=scale)
+                fed[n].index_add_(0, here[wanted], g.cpu() if bool(wanted.all()) else g.cpu()[wanted])
+        return self._with_remainder(fed, split)
+
+    def _with_remainder(self, fed: dict[str, Tensor], split: StepDecomposition) -> dict[str, Tensor]:
+        """What the samples leave of the gradient that was fed, as the last entry."""
+        for n, parts in fed.items() if self.remainder else ():
+            if n in split.gradients:
+                parts[-1] = to_dense(split.gradients[n]).to(parts) - parts[:-1].sum(0)
         return fed
 
 

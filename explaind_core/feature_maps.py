@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,12 +26,18 @@ Parameters = Mapping[str, Tensor]
 
 
 @contextmanager
-def differentiable_kernels() -> Iterator[None]:
-    """Fused attention kernels have no forward-mode derivative: use the plain ones, of the same value."""
+def differentiable_kernels(*, forward_mode: bool = True) -> Iterator[None]:
+    """Fused attention kernels have no forward-mode derivative: use the plain ones, of the same value.
+
+    Args:
+        forward_mode: False where backward passes are to be those of training to the last bit: kernels are then chosen
+            as torch chooses them.
+    """
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    kernels = sdpa_kernel(SDPBackend.MATH) if forward_mode else nullcontext()
     try:
-        with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), warnings.catch_warnings():
+        with kernels, torch.no_grad(), warnings.catch_warnings():
             # vmap says so of every operator that it has no rule for; the numbers are the same.
             warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
             yield
@@ -42,12 +48,14 @@ def differentiable_kernels() -> Iterator[None]:
 class ExplainedFunction:
     """The explained function f of some test samples: its values and its directional derivatives.
 
-    Buffers are held at their values after the last step, so that f depends on the parameters alone; the model
-    runs in evaluation mode. Test samples are worked off in chunks that fit the processor's cache.
+    f depends on the parameters alone: buffers are held, at their values after the last step or, where these moved in
+    training, at those after the step that :meth:`stand_at` names. The model runs in evaluation mode. Test samples are
+    worked off in chunks that fit the processor's cache.
 
     Args:
         model: the architecture, used through ``functional_call`` only.
-        buffers: its buffers. inputs: the test samples. output: what is explained. chunk: samples at a time.
+        buffers: its buffers. buffers_at: its buffers after a step, where they moved.
+        inputs: the test samples. output: what is explained. chunk: samples at a time.
 
     Raises:
         QuestionError: the inputs have no samples, or the output does not fit them.
@@ -62,8 +70,10 @@ class ExplainedFunction:
         *,
         chunk: int = 500,
         rows: Sequence[int] | None = None,
+        buffers_at: Callable[[int], Parameters] | None = None,
     ) -> None:
         self.model, self.output = model, output
+        self._buffers_at, self._stands_at = buffers_at, -1
         reference = next(model.parameters())
         self.device, self.dtype = reference.device, reference.dtype
         self.buffers = {n: b.to(self.device) for n, b in buffers.items()}
@@ -91,6 +101,17 @@ class ExplainedFunction:
         self.rows_vectorized = self.outputs_vectorized = True
         #: Test samples that one backward pass takes together.
         self.rows_together: int | None = 64
+
+    @property
+    def moves(self) -> bool:
+        """Whether the buffers moved in training, and f with them."""
+        return self._buffers_at is not None
+
+    def stand_at(self, s: int) -> None:
+        """From now on, f is that of the buffers after step s, where these moved."""
+        if self._buffers_at is not None and s != self._stands_at:
+            self.buffers = {n: b.to(self.device) for n, b in self._buffers_at(s).items()}
+            self._stands_at = s
 
     def at(self, theta: Parameters) -> dict[str, Tensor]:
         """Parameters on the model's device, each with its own storage (views cost jvp their whole storage)."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from explaind_core.batch_points import tolerance
 from explaind_core.errors import RecordingError
 
-__all__ = ["fit_factor"]
+__all__ = ["clipped", "fit_factor", "nearest_factor"]
 
 
 def fit_factor(
@@ -21,8 +21,11 @@ def fit_factor(
     *,
     step: int,
     declared: float = 1.0,
+    limit: float | None = None,
 ) -> float:
     """The factor c with ``fed = c total``, by least squares over all parameters together.
+
+    Where single entries were clipped, ``fed = clamp(c total, -limit, limit)``, and c is that of the other entries.
 
     Every tensor must then agree: ``||fed_n - c total_n|| <= tolerance ||fed_n|| + rounding``, with the tolerance
     1e-9 for float64 and 1e-3 for float32. Where gradients of samples cancel, or a loss is so small that its
@@ -32,7 +35,7 @@ def fit_factor(
     Args:
         fed: what the optimizer was fed; a name without a gradient is left out. total: the samples' sum.
         noise: the size of the rounding error of each tensor of ``total``. step: for the error.
-        declared: what the factor should be.
+        declared: what the factor should be. limit: the largest entry of ``fed``, where entries were clipped.
 
     Raises:
         RecordingError: there is no such factor.
@@ -50,19 +53,21 @@ def fit_factor(
                 got="none",
                 remedy="freeze the parameter when the run is opened as it was frozen in training, or pass its loss",
             )
-    pairs = {n: (fed[n].to_dense().to(t).double(), t.double()) for n, t in total.items() if n in fed}
+    pairs = _pairs(fed, total)
     norms = {n: (float(g.norm()), float(t.norm())) for n, (g, t) in pairs.items()}
     fed_size, size = (math.hypot(*(pair[i] for pair in norms.values())) for i in (0, 1))
     if fed_size == size == 0:
         return declared
-    square = sum(float((t * t).sum()) for _, t in pairs.values())
-    c = sum(float((g * t).sum()) for g, t in pairs.values()) / square if square else 0.0
+    c = _least_squares(pairs, limit, declared)
 
     def excess(factor: float, rounding: Mapping[str, float]) -> dict[str, float]:
         """By how much each tensor's error exceeds its bound, as a multiple of it."""
         found = {}
         for n, (g, t) in pairs.items():
-            error, bound = float((g - factor * t).norm()), tolerance(total[n].dtype) * norms[n][0] + rounding[n]
+            error, bound = (
+                float((g - clipped(factor * t, limit)).norm()),
+                tolerance(total[n].dtype) * norms[n][0] + rounding[n],
+            )
             found[n] = 0.0 if error <= bound else error / bound if bound else math.inf
         return found
 
@@ -80,14 +85,50 @@ def fit_factor(
         return c
     worst = max(over, key=lambda n: over[n])
     g, t = pairs[worst]
+    difference = float((g - clipped(c * t, limit)).norm())
     raise RecordingError(
         "the gradient that the step was fed is not that of its declared samples",
         where=f"step {step}, parameter {worst!r} (and {sum(map(bool, over.values())) - 1} others)",
         expected=f"{c:.6g} times the gradient of the declared batch's loss, of norm {abs(c) * norms[worst][1]:.6g}",
-        got=f"a gradient of norm {norms[worst][0]:.6g} that differs from it by {float((g - c * t).norm()):.3g}",
-        remedy="check the loss passed to open_run (a term of the parameters alone, such as a penalty, belongs to no "
-        "sample); that recorder.batch got the inputs, targets and weight of every backward pass, and the values that "
-        "the model was called with; that the model was trained without what couples or varies samples (batch "
-        "normalisation, dropout); that gradients were only scaled (clipping by value is not a scaling); and that "
-        "no autocast lowered the precision",
+        got=f"a gradient of norm {norms[worst][0]:.6g} that differs from it by {difference:.3g}",
+        remedy="check the loss passed to open_run (a term of the parameters alone goes to open_run(..., penalty=)); "
+        "that recorder.batch got the inputs, targets and weight of every backward pass, and the values that the model "
+        "was called with; that clipping by value was told (recorder.clipped(value=...)); or say "
+        'unattributed="carry": what the samples do not explain is then a term of its own, with its size',
     )
+
+
+def _pairs(fed: Mapping[str, Tensor], total: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    return {n: (fed[n].to_dense().to(t).double(), t.double()) for n, t in total.items() if n in fed}
+
+
+def nearest_factor(
+    fed: Mapping[str, Tensor], total: Mapping[str, Tensor], *, declared: float = 1.0, limit: float | None = None
+) -> float:
+    """The factor c that makes ``c total`` most like ``fed``, by least squares, whether it fits or not.
+
+    Example:
+        >>> nearest_factor({"w": torch.tensor([1.0, 3.0])}, {"w": torch.tensor([1.0, 1.0])})
+        2.0
+    """
+    return _least_squares(_pairs(fed, total), limit, declared)
+
+
+def _least_squares(pairs: Mapping[str, tuple[Tensor, Tensor]], limit: float | None, declared: float) -> float:
+    product = square = 0.0
+    for g, t in pairs.values():
+        free = g.abs() < limit * (1 - 1e-6) if limit is not None else torch.ones_like(g, dtype=torch.bool)
+        product, square = product + float((g * t)[free].sum()), square + float((t * t)[free].sum())
+    if square:
+        return product / square
+    return 0.0 if limit is None else declared  # every entry was clipped
+
+
+def clipped(values: Tensor, limit: float | None) -> Tensor:
+    """``values``, none of them larger than ``limit``.
+
+    Example:
+        >>> clipped(torch.tensor([-3.0, 1.0]), 2.0)
+        tensor([-2.,  1.])
+    """
+    return values if limit is None else values.clamp(-limit, limit)

@@ -135,7 +135,7 @@ def order_of(question: Question, split: StepDecomposition, scale: float, rung: i
     if not quadrature.adaptive:
         return quadrature.ladder[0], 0, True
     before = finite_values(question, split.theta_before, split.step - 1)
-    after = finite_values(question, split.theta, split.step)
+    after = finite_values(question, split.theta, split.step, buffers=split.step - 1)
     moved = {n: split.theta[n].double() - split.theta_before[n].double() for n in split.theta}
 
     def evaluate(q: int) -> tuple[Tensor, int]:
@@ -157,6 +157,7 @@ def step_gram(
 ) -> list[Matrices]:
     """One step's inner products, layer by layer: ``[n, n]`` each."""
     function, points = question.function, question.quadrature.points(order)
+    function.stand_at(split.step - 1)
     n, parts = function.samples, Blocks.of(question, names, function.outputs)
     found = [np.zeros((n, n)) for _ in question.layers]
     for columns in parts.pieces:

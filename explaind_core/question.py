@@ -53,8 +53,8 @@ class Question:
         layers, rest: what is kept apart, and what that leaves out.
         keep: the kept axes in order. quadrature: the nodes. function: what is explained. memory: bytes.
         strategy: what the caller insists on, None for the planner's choice.
-        chords: steps that share a straight line. notes: what a result must say about how it was asked for;
-            facts: what is found on the way and must be said too.
+        chords: steps that share a straight line. carries: whether what no sample explains of a gradient is a term.
+        notes: what a result must say about how it was asked for; facts: what is found on the way and must be said too.
     """
 
     run: Run
@@ -70,6 +70,7 @@ class Question:
     memory: int
     strategy: str | None = None
     chords: int = 1
+    carries: bool = False
     notes: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict, compare=False)
 
@@ -92,6 +93,8 @@ class Question:
         chords: int = 1,
         strategy: str | None = None,
         memory: str | int = "4GiB",
+        unattributed: str = "refuse",
+        buffers: str = "recorded",
         chunk: int = 500,
     ) -> Question:
         """Check every argument (see :func:`explaind_core.attribute`) before any work is done."""
@@ -102,6 +105,17 @@ class Question:
         kept = _check_keep(keep)
         if strategy not in (None, *STRATEGIES):
             raise QuestionError("there is no such strategy", where="strategy", expected=STRATEGIES, got=strategy)
+        if unattributed not in ("refuse", "carry"):
+            raise QuestionError(
+                "there is no such way with unattributed gradients",
+                where="unattributed",
+                expected=("refuse", "carry"),
+                got=unattributed,
+            )
+        if buffers not in ("recorded", "final"):
+            raise QuestionError(
+                "there are no such buffers", where="buffers", expected=("recorded", "final"), got=buffers
+            )
         if not isinstance(chords, int) or isinstance(chords, bool) or chords < 1:
             raise QuestionError("chords is no number of steps", where="chords", expected="an integer >= 1", got=chords)
         resolved, rest = resolve_layers(layers, run.parameters, run.model)
@@ -118,8 +132,10 @@ class Question:
         split = "train" in kept or train is not None
         samples = _samples(inputs)
         function = ExplainedFunction(
-            run.model, run.buffers(), inputs, as_output(output, run.loss), chunk=chunk, rows=resolve_test(test, samples)
-        )
+            run.model, run.buffers(), inputs, as_output(output, run.loss), chunk=chunk,
+            rows=resolve_test(test, samples),
+            buffers_at=run.buffers if buffers == "recorded" and run.moving_buffers else None,
+        )  # fmt: skip
         if split and run.loss is None:
             raise QuestionError(
                 "the run's loss is not known, so gradients cannot be split by training sample",
@@ -148,10 +164,16 @@ class Question:
             memory=parse_memory(memory),
             strategy=strategy,
             chords=chords,
+            carries=split and (unattributed == "carry" or run.coarse),
             notes=tuple(notes),
         )
 
     # ------------------------------------------------------------------ what it asks for
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The terms of a result: those of the updates, and what no sample explains of gradients, if it is carried."""
+        return (*term_names(self.run), *(("unattributed",) if self.carries else ()))
+
     @property
     def steps(self) -> tuple[int, ...]:
         """All steps explained, rising."""
@@ -201,7 +223,7 @@ class Question:
         cells = math.prod(shape.values())
         plain = math.prod(n for axis, n in shape.items() if axis not in GRADIENT_AXES)
         edges = math.prod(n for axis, n in shape.items() if axis in ("step", "test", "output"))
-        others = len(term_names(self.run)) - 1
+        others = len(self.terms) - 1
         return (cells + others * plain) * self.value_bytes + 2 * 8 * edges
 
     @property

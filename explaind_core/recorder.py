@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType, TracebackType
@@ -77,6 +77,8 @@ class Recorder:
         gradient: ``gradient(model, micro_batch)`` runs a micro-batch's backward pass as the loop does, where that is
             not ``(loss(model(inputs), targets) * weight).backward()``; for the modes that compute gradients again.
         make_optimizer: as for :func:`explaind_core.open_run`, for those modes as well.
+        penalty: ``penalty(parameters by name) -> 0-d``: what the loop adds to an optimizer step's loss that depends on
+            the parameters alone. Its name is kept; ``open_run(..., penalty=)`` makes it a term of its own.
 
     Attributes:
         skipped: how many times a gradient scaler kept the optimizer (all of several) from stepping.
@@ -123,6 +125,7 @@ class Recorder:
         registry: Registry | None = None,
         gradient: GradientFunction | None = None,
         make_optimizer: OptimizerFactory | Sequence[OptimizerFactory | None] | None = None,
+        penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
     ) -> None:
         optimizers = each_optimizer(optimizer)
         registered = [
@@ -149,7 +152,7 @@ class Recorder:
         if resume:
             self._writer.resume()
         else:
-            self._writer.start(loss, train_size, overwrite=overwrite)
+            self._writer.start(loss, train_size, overwrite=overwrite, penalty=penalty)
         self._threads = self._writer.threads
         iterates = self._subject.rule.iterations({}) is not None
         parameters = self._subject.parameters

@@ -13,16 +13,16 @@ import xarray as xr
 from torch import Tensor
 
 from explaind_core import trees
-from explaind_core.contract import term_names
 from explaind_core.question import AXES, GRADIENT_AXES, Question
 from explaind_core.reverse import reduced
 from explaind_core.windows import Contribution, Places
 
 __all__ = ["TERMS", "Frame", "closure_error", "summed"]
 
-#: The terms a result may hold; prehistory only where recording began with a used optimizer, change only where there are
-#: checkpoints and nothing else.
-TERMS = ("kernel", "regularization", "prehistory", "change")
+#: The terms a result may hold; prehistory only where recording began with a used optimizer, penalty where the loss had
+#: one, unattributed where what the samples do not explain of a gradient is carried, statistics where buffers moved,
+#: change only where there are checkpoints and nothing else.
+TERMS = ("kernel", "regularization", "prehistory", "penalty", "unattributed", "statistics", "change")
 #: What is kept of every window, and how windows, or blocks of test samples, are put together.
 _COUNTS = {"nodes": np.sum, "evaluations": np.sum, "converged": np.all, "update_error": np.max, "correction": np.max}
 
@@ -37,10 +37,14 @@ class Frame:
     def __init__(self, question: Question, strategy: str = "") -> None:
         self.question, self.strategy = question, strategy
         run, function = question.run, question.function
+        function.stand_at(question.steps[0] - 1)
         self.initial = function.values(run.theta(question.steps[0] - 1))
+        function.stand_at(question.steps[-1])
         self.final = function.values(run.theta(question.steps[-1]))
         self.outputs = self.initial.shape[1]
-        self.terms = term_names(run)
+        self.terms = question.terms
+        #: What has no axis but step, test and output.
+        self.edges = ("residual", "omitted", *(("statistics",) if function.moves else ()))
         self.dims = question.keep
         self.plain_dims = tuple(axis for axis in question.keep if axis not in GRADIENT_AXES)
         self.edge_dims = tuple(axis for axis in question.keep if axis in AXES[-2:])
@@ -57,7 +61,7 @@ class Frame:
     def collect(self, parts: Iterable[Contribution], block: slice | None = None) -> xr.Dataset:
         """One Dataset of some windows, of all test samples or a block of them."""
         keeps_step = "step" in self.dims
-        rows: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in (*self.terms, "residual", "omitted")}
+        rows: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in (*self.terms, *self.edges)}
         windows: list[int] = []
         counts: dict[str, list[Any]] = {name: [] for name in _COUNTS}
         missed = 0
@@ -73,6 +77,8 @@ class Frame:
                 rows[name].append(stored)
             rows["residual"].append(residual)
             rows["omitted"].append(part.omitted.numpy())
+            if "statistics" in rows:
+                rows["statistics"].append(part.statistics.numpy())
             windows.append(part.window)
             missed += part.missed
             for name, values in counts.items():
@@ -122,6 +128,7 @@ class Frame:
                 terms={n: torch.cat([p.terms[n] for p in parts], axis) for n, axis in inner.items()},
                 residual=torch.cat([p.residual for p in parts], edge),
                 omitted=torch.cat([p.omitted for p in parts], edge),
+                statistics=torch.cat([p.statistics for p in parts], edge),
                 nodes=max(p.nodes for p in parts),
                 evaluations=max(p.evaluations for p in parts),
                 converged=all(p.converged for p in parts),
@@ -165,6 +172,7 @@ class Frame:
             "inferred": int(question.run.inferred),
             "dtype": str(question.function.dtype),
             "output": type(question.function.output).__name__,
+            "buffers": "recorded" if question.function.moves else "final",
             "strategy": self.strategy,
             "first_step": question.steps[0],
             "last_step": question.steps[-1],

@@ -95,7 +95,7 @@ class Products:
         """Everything that the segment's declared update adds: ``[n', J']``."""
         total = self.rest + self.kernel
         for name, term in self.terms.items():
-            if name != "kernel":
+            if name not in ("kernel", "unattributed"):  # of which ``kernel`` is the sum
                 total = total + term.sum(tuple(range(term.ndim - 2)))
         return total
 
@@ -139,7 +139,7 @@ def products(
                     _add(terms[term], 0, 0, position, exact * share if question.keeps("parameter") else exact @ share,
                          rows, question, places, name, mask)  # fmt: skip
             if features is not None and name in features:
-                _add_features(question, places, terms["kernel"], others, flat, features[name], name, rows)
+                _add_features(question, places, terms, others, flat, features[name], name, rows)
     rest = torch.zeros(edge, dtype=torch.float64)
     if question.rest is not None:
         outside = question.rest.share({n: u.declared for n, u in split.updates.items()})
@@ -162,10 +162,11 @@ def _add(
 
 
 def _add_features(
-    question: Question, places: Places, kernel: Tensor, others: Tensor, phi: Tensor, features: Tensor, name: str,
-    rows: slice,
+    question: Question, places: Places, terms: Mapping[str, Tensor], others: Tensor, phi: Tensor, features: Tensor,
+    name: str, rows: slice,
 ) -> None:  # fmt: skip
     """Products with forward-time features ``[entries, *shape]``: ``phi`` is ``[n', J', d]``."""
+    kernel, remainder = terms["kernel"], terms.get("unattributed", others)
     steps, entries = kernel.shape[0], kernel.shape[3]
     h = features.flatten(1)
     asked = h[: steps * entries]
@@ -180,6 +181,10 @@ def _add_features(
             kernel[:, position if question.keeps("layer") else 0, 0, :, rows] += found.reshape(
                 steps, entries, *found.shape[1:]
             )
-        if len(h) > len(asked):
-            left = h[-1] if mask is None else h[-1] * mask.reshape(-1).to(h.dtype)
-            others[rows] += (phi @ left).double()
+        for e, row in enumerate(h[len(asked) :]):
+            left = row if mask is None else row * mask.reshape(-1).to(h.dtype)
+            if e == 0 and question.restricts_gradients:
+                others[rows] += (phi @ left).double()
+            else:
+                values = phi * left if question.keeps("parameter") else phi @ left
+                _add(remainder, 0, 0, position, values.double(), rows, question, places, name, mask)

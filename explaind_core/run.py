@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xarray as xr
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from explaind_core import trees
 from explaind_core.coefficients import UpdateRule, qualified_name
@@ -96,6 +97,7 @@ class Run:
         complete: whether the recording ended in order.
         mode: what was stored: ``"steps"``, ``"parameters"`` or ``"snapshots"``; the rest is computed again.
         rule: the rule that was given, or inferred; None where the registered one explains the run.
+        penalty: the term of the loss that depends on the parameters alone, None without.
         point: which parameters ``theta`` returns: ``"gradient"`` or ``"evaluated"`` (see :func:`open_run`).
     """
 
@@ -111,7 +113,9 @@ class Run:
         rule: UpdateRule | Sequence[UpdateRule | None] | None = None,
         registry: Registry | None = None,
         gradient: GradientFunction | None = None,
+        penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
     ) -> None:
+        self.penalty = penalty
         self.store = RunStore(path)
         self.manifest = self.store.read_manifest()
         self.rule = self._rule(rule)
@@ -271,6 +275,8 @@ class Run:
         for module in private.modules():
             if isinstance(module, nn.Embedding | nn.EmbeddingBag):
                 module.sparse = False  # how a gradient is laid out, not what it is: dense ones can be batched
+            if isinstance(module, _BatchNorm):
+                module.track_running_stats = False  # training: outputs are the same, and no buffer is written to
         return private
 
     def model_in(self, training: bool) -> nn.Module:
@@ -360,10 +366,15 @@ class Run:
         tensors = self.store.read_tensors(self.store.start_path, what="the start of the run").tensors
         return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
-    def buffers(self, s: int | None = None) -> dict[str, Tensor]:
-        """The model's buffers after step s (the last one by default), such as running statistics."""
+    def buffers(self, s: int | None = None, *, changed: bool = False) -> dict[str, Tensor]:
+        """The model's buffers after step s (the last one by default), such as running statistics.
+
+        Args:
+            changed: only those that changed in steps 1..s.
+        """
         s = len(self.steps) if s is None else self.check_step(s, first=0)
         start = self.start_tensors("buffer/")
+        start = {} if changed else self._start("buffer/")
         if s == 0:
             return start
         stored = self._after(s)
@@ -450,6 +461,20 @@ class Run:
         """How the gradient of step s was clipped, in order: ``("norm", max_norm, norm_type)``, ``("value", limit)``."""
         self.check_step(s)
         return tuple(tuple(clip) for clip in self._header(s).get("clips", ()))
+
+    @cached_property
+    def moving_buffers(self) -> tuple[str, ...]:
+        """The floating-point buffers that changed in some step, such as running statistics."""
+        if not self.steps:
+            return ()
+        moved = self.buffers(len(self.steps), changed=True)
+        return tuple(n for n, b in moved.items() if b.is_floating_point())
+
+    @property
+    def coarse(self) -> bool:
+        """Whether the model ran under autocast in some step: its samples' gradients are then coarsely rounded."""
+        entries = (entry for s in self.steps for entry in self._header(s)["batches"])
+        return any((entry.get("forward") or {}).get("autocast") is not None for entry in entries)
 
     def sample_ids(self, s: int) -> Tensor:
         """The ids of the samples whose gradients step s was fed, in order, without reading anything else."""
@@ -583,6 +608,7 @@ def open_run(
     rule: UpdateRule | Sequence[UpdateRule | None] | None = None,
     registry: Registry | None = None,
     gradient: GradientFunction | None = None,
+    penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
 ) -> Run:
     """Open a recorded run: lazily, read-only, from any process, without running code from the store.
 
@@ -602,6 +628,8 @@ def open_run(
         gradient: ``gradient(model, micro_batch)`` runs a micro-batch's backward pass as the loop did, for runs that are
             computed again (``mode="parameters"``, ``mode="snapshots"``) and whose loop does not call
             ``(loss(model(inputs), targets) * weight).backward()``.
+        penalty: ``penalty(parameters by name) -> 0-d``, the term of one optimizer step's loss that depends on the
+            parameters alone; its share of every update is then a term of its own.
 
     Raises:
         StoreError: no run, another version, truncated, or recorded with another model.
@@ -623,4 +651,5 @@ def open_run(
         rule=rule,
         registry=registry,
         gradient=gradient,
+        penalty=penalty,
     )

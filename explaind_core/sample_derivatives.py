@@ -83,6 +83,9 @@ class Derivatives:
     # ------------------------------------------------------------------ sample by sample
     def materialised(self, point: BatchPoint, rows: slice, names: Sequence[str]) -> Gradients:
         """``g_k`` of the samples ``rows``, of any model: ``[b, *shape]``."""
+        if point.together:  # the whole batch, as often as there are samples, with the cotangents of one of them
+            one_hot = torch.eye(point.n, dtype=self._dtype, device=next(iter(self._theta.values())).device)[rows]
+            return self.weighted(point, slice(0, point.n), one_hot)
         primals = {n: self._theta[n] for n in names}
 
         def one(sample: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> Gradients:
@@ -111,14 +114,15 @@ class Derivatives:
         """
         self._choose(point)
         b = rows.stop - rows.start
-        plain = [n for n in directions if n in self._plain.names]
+        # Outer products know a sample by its row in what a layer saw. A cotangent that spreads over all rows has none.
+        plain = [] if point.together else [n for n in directions if n in self._plain.names]
         uses = self._watched(point, rows, plain)[0] if plain else []
         for name in plain:
             for term in self._plain.factors(name, uses, b):
                 products, total = term.inner(directions[name], self._memory)
                 yield name, rows, products, total, term.square_norms()
         del uses
-        others = [n for n in directions if n not in self._plain.names]
+        others = [n for n in directions if n not in plain]
         for some in slices(b, self.fitting(others)) if others else ():
             gradients = self.materialised(point, moved(some, rows.start), others)
             for name in others:
@@ -146,7 +150,7 @@ class Derivatives:
         axis, so the samples that count most are summed with a weight each, and compared with the gradient of the
         batch so weighted. And only if they are most of the numbers: if not, one pass for all is cheaper than two.
         """
-        if self._chosen:
+        if self._chosen or point.together:
             return
         self._chosen = point.n > 1  # the axis of a single sample cannot be mistaken
         sizes = sum(c.flatten(1).square().sum(1) if c.ndim > 1 else c.square() for c in point.cotangents)

@@ -20,7 +20,7 @@ from explaind_core.batch_points import BatchPoint
 from explaind_core.errors import QuestionError, RecordingError
 from explaind_core.factors import slices
 from explaind_core.feature_maps import differentiable_kernels
-from explaind_core.fed_gradients import fit_factor
+from explaind_core.fed_gradients import fit_factor, nearest_factor
 from explaind_core.losses import LossFunction
 from explaind_core.run import Batch
 from explaind_core.sample_derivatives import Derivatives, Gradients, moved, norm
@@ -73,6 +73,7 @@ class SampleGradients:
         *,
         chunk: int = 500,
         memory: int = 2**29,
+        loss_in_autocast: bool = True,
     ) -> None:
         reference = next(model.parameters())
         self._device, self._dtype = reference.device, reference.dtype
@@ -85,12 +86,12 @@ class SampleGradients:
         self._points: list[BatchPoint] = []
         # The same batch at other parameters.
         self._elsewhere: Callable[[Gradients], SampleGradients] = lambda theta: SampleGradients(
-            model, loss, batch, theta, buffers, names, chunk=chunk, memory=memory
+            model, loss, batch, theta, buffers, names, chunk=chunk, memory=memory, loss_in_autocast=loss_in_autocast
         )
         state = {**self._theta, **{n: b.to(self._device) for n, b in buffers.items()}}
-        with differentiable_kernels():
-            for micro in batch.micro:
-                self._points.append(BatchPoint(model, loss, micro, state, sum(p.n for p in self._points)))
+        for micro in batch.micro:
+            start = sum(p.n for p in self._points)
+            self._points.append(BatchPoint(model, loss, micro, state, start, loss_in_autocast=loss_in_autocast))
         # Of samples, in sums that are there to be checked.
         self._weights = torch.rand(len(self.ids), generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
 
@@ -99,19 +100,26 @@ class SampleGradients:
         """``sum_k g_k``, unscaled, by ordinary backward passes: name -> tensor of the parameter's shape."""
         return dict(self._summed("total", torch.ones(len(self.ids))))
 
-    def fit(self, recorded: Mapping[str, Tensor], *, step: int, factor: float = 1.0) -> float:
+    def fit(
+        self, recorded: Mapping[str, Tensor], *, step: int, factor: float = 1.0, limit: float | None = None
+    ) -> float:
         """The factor c with ``recorded = c * total``: a clip coefficient, 1 for most runs.
 
         Args:
             recorded: the gradients that the step was fed, dense or sparse; a parameter may have none.
             step: for the error. factor: what c is declared to be (:meth:`explaind_core.Run.gradient_factor`). It
                 counts only where gradients cancel so far that c cannot be told from them.
+            limit: the largest entry of ``recorded``, where single entries were clipped.
 
         Raises:
             RecordingError: no factor makes the recorded gradient that of the declared samples, to 1e-9 of each
                 tensor's norm in float64, 1e-3 in float32, and the rounding of the sum.
         """
-        return fit_factor(recorded, self.total(), self._rounding, step=step, declared=factor)
+        return fit_factor(recorded, self.total(), self._rounding, step=step, declared=factor, limit=limit)
+
+    def nearest(self, recorded: Mapping[str, Tensor], *, factor: float = 1.0, limit: float | None = None) -> float:
+        """As :meth:`fit`, by least squares alone, whether the factor fits or not."""
+        return nearest_factor(recorded, self.total(), declared=factor, limit=limit)
 
     def _rounding(self) -> dict[str, float]:
         """How large the rounding errors of :meth:`total` may be, by parameter.
@@ -143,14 +151,15 @@ class SampleGradients:
             raise QuestionError("not one weight per sample", expected=f"(G, {len(self.ids)})", got=tuple(weights.shape))
         weights = weights.to(self._device, self._dtype)
         result = {n: self._theta[n].new_zeros(len(weights), *self._theta[n].shape) for n in self.names}
-        with differentiable_kernels():
-            for point, rows, positions in self._pieces(self._chunk):
-                here = weights[:, positions]
-                groups = here.any(1).nonzero().flatten()
-                if not len(groups):  # a group need not have a sample in every piece
-                    continue
-                for name, sums in self._derivatives.weighted(point, rows, here[groups]).items():
-                    result[name][groups] += sums
+        for point, rows, positions in self._pieces(self._chunk):
+            here = weights[:, positions]
+            groups = here.any(1).nonzero().flatten()
+            if not len(groups):  # a group need not have a sample in every piece
+                continue
+            with point.kernels():
+                found = self._derivatives.weighted(point, rows, here[groups])
+            for name, sums in found.items():
+                result[name][groups] += sums
         return result
 
     def _summed(self, key: str, weights: Tensor) -> Gradients:
@@ -158,10 +167,18 @@ class SampleGradients:
             self._sums[key] = {n: t[0] for n, t in self.weighted(weights.unsqueeze(0)).items()}
         return self._sums[key]
 
-    def _pieces(self, size: int) -> Iterator[tuple[BatchPoint, slice, slice]]:
-        """The batch by pieces: of which micro-batch, which of its samples, and their positions in the batch."""
+    @property
+    def together(self) -> bool:
+        """Whether there are samples that only pass through the model together."""
+        return any(point.together for point in self._points)
+
+    def _pieces(self, size: int, *, apart: bool = False) -> Iterator[tuple[BatchPoint, slice, slice]]:
+        """The batch by pieces: of which micro-batch, which of its samples, and their positions in the batch.
+
+        Samples that only go together are not cut, unless they are wanted ``apart``.
+        """
         for point in self._points:
-            for rows in slices(point.n, size):
+            for rows in slices(point.n, point.n if point.together and not apart else size):
                 yield point, rows, moved(rows, point.start)
 
     # ------------------------------------------------------------------ gradients of single samples
@@ -179,11 +196,12 @@ class SampleGradients:
         """
         sums, squares = self._zeros(self.names)
         whole = True
-        for point, rows, positions in self._pieces(min(self._chunk, self._derivatives.fitting(self.names))):
+        size = min(self._chunk, self._derivatives.fitting(self.names))
+        for point, rows, positions in self._pieces(size, apart=True):
             if wanted is not None and not bool(wanted[positions].any()):
                 whole = False
                 continue
-            with differentiable_kernels():
+            with point.kernels():
                 gradients = self._derivatives.materialised(point, rows, self.names)
             for name, values in gradients.items():
                 sums[name] += values.sum(0)
@@ -221,18 +239,20 @@ class SampleGradients:
         result = torch.zeros(len(parts), R, len(self.ids), dtype=torch.float64)
         if not result.numel():
             return result
-        with differentiable_kernels():
-            if method == "directional" and self._forward_mode:
-                try:
+        if self.together and not any(point.coarse for point in self._points):
+            # A sample's gradient costs as much as the whole batch's here, and so does a direction.
+            method = "directional" if R * sum(map(bool, parts)) < len(self.ids) else method
+        if method == "directional" and self._forward_mode:
+            try:
+                with differentiable_kernels():
                     return self._directional(parts, result)
-                except (RuntimeError, RecordingError):
-                    # An operator without a forward-mode derivative, or with one that is not its gradient (the padding
-                    # row of an embedding has no gradient, and moves all the same); a real error shows up again.
-                    self._forward_mode = False
-                    result.zero_()
-
-            while not self._materialised(stacked, result):
+            except (RuntimeError, RecordingError):
+                # An operator without a forward-mode derivative, or with one that is not its gradient (the padding
+                # row of an embedding has no gradient, and moves all the same); a real error shows up again.
+                self._forward_mode = False
                 result.zero_()
+        while not self._materialised(stacked, result):
+            result.zero_()
         return result
 
     def _materialised(self, stacked: Mapping[str, tuple[list[int], Tensor]], result: Tensor) -> bool:
@@ -240,12 +260,13 @@ class SampleGradients:
         sums, squares = self._zeros(stacked)
         directions = {name: d for name, (_, d) in stacked.items()}
         for point, rows, _ in self._pieces(self._chunk):
-            for name, some, products, total, square in self._derivatives.contracted(point, rows, directions):
-                owners = stacked[name][0]
-                blocks = products.double().cpu().view(-1, len(owners), result.shape[1])
-                result[owners, :, moved(some, point.start)] += blocks.permute(1, 2, 0)
-                sums[name] += total
-                squares[name] += square
+            with point.kernels():
+                for name, some, products, total, square in self._derivatives.contracted(point, rows, directions):
+                    owners = stacked[name][0]
+                    blocks = products.double().cpu().view(-1, len(owners), result.shape[1])
+                    result[owners, :, moved(some, point.start)] += blocks.permute(1, 2, 0)
+                    sums[name] += total
+                    squares[name] += square
         return self._derivatives.agree(sums, squares, self.total())
 
     def _directions(self, parts: Sequence[Mapping[str, Tensor]]) -> tuple[dict[str, tuple[list[int], Tensor]], int]:
@@ -275,6 +296,7 @@ class SampleGradients:
             for point in self._points if tangents else ():
                 # All directions at once for fewer samples, unless these would be too few to be worth their calls.
                 size = min(self._chunk, max(64, self._derivatives.passes(point, R)))
+                size = point.n if point.together else size
                 for rows in slices(point.n, size) if point.cotangents else ():
                     block = self._derivatives.along(point, rows, tangents)
                     result[index, :, moved(rows, point.start)] = block.cpu()

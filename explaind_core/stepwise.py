@@ -23,12 +23,17 @@ __all__ = ["finite_values", "joined", "stepwise"]
 Features = Mapping[str, Tensor]
 
 
-def finite_values(question: Question, theta: Mapping[str, Tensor], s: int, block: slice | None = None) -> Tensor:
-    """The explained function after step s, ``[n, J]``.
+def finite_values(
+    question: Question, theta: Mapping[str, Tensor], s: int, block: slice | None = None, *, buffers: int | None = None
+) -> Tensor:
+    """The explained function after step s, ``[n, J]``, with the buffers after step ``buffers`` (s by default).
+
+    It is left standing there.
 
     Raises:
         NonFiniteError: it is NaN or infinite.
     """
+    question.function.stand_at(s if buffers is None else buffers)
     values = question.function.values(theta, block)
     if not torch.isfinite(values).all():
         raise NonFiniteError("the explained function is NaN or infinite", where=f"theta after step {s}")
@@ -48,6 +53,7 @@ def joined(splits: Sequence[StepDecomposition]) -> StepDecomposition:
                 regularization=known.regularization + u.regularization,
                 prehistory=_added(known.prehistory, u.prehistory),
                 displacement=known.displacement + u.displacement,
+                penalty=_added(known.penalty, u.penalty),
             )  # fmt: skip
     return replace(
         splits[-1],
@@ -116,21 +122,25 @@ def stepwise(
             yield total.finish()
             total = None
         if total is None:
-            total = WindowSum(question, segment.window, outputs, names)
+            total = WindowSum(question, segment.window, outputs, question.terms)
             rung = rung if (segment.window - first) % block else 0
         a, b = segment.steps[0] - 1, segment.steps[-1]
         known = following is not None and following[0] == a
         before = following[1] if known and following is not None else finite_values(question, split.theta_before, a)
-        after = finite_values(question, split.theta, b)
+        # f moves along the segment with the buffers that it began with. What these then add comes at its end.
+        after = end = finite_values(question, split.theta, b, buffers=a)
         bound = question.quadrature.tolerance * scale
         if strategy == "forward":
             rung = _by_forward_mode(question, total, split, names, features, (before, after), bound, rung)
         else:
             rung = _by_reverse_mode(question, places, total, split, names, features, (before, after), bound, rung)
-        total.change += reduced(after - before, question)
+        if question.function.moves:
+            end = finite_values(question, split.theta, b)
+            total.statistics += reduced(end - after, question)
+        total.change += reduced(end - before, question)
         total.gap += reduced(before - last_values, question)
         total.note(update_error=split.error, correction=split.correction)
-        last_values, following = after, (b, after)
+        last_values, following = end, (b, end)
         advanced(len(segment.steps))
     if total is not None:
         yield total.finish()
@@ -165,8 +175,11 @@ def _by_forward_mode(
             if not question.keeps(kept):
                 summed = summed.sum(axis, keepdim=True)
         i, t = divmod(int(entry or 0), entries)
-        if i == steps:  # the last entry, where gradients are restricted: what is not asked for
+        behind = int(entry or 0) - steps * entries
+        if behind == 0 and question.restricts_gradients:  # what is not asked for
             total.omitted += summed.sum(0)
+        elif behind >= 0:
+            total.terms["unattributed"][0, :, 0, 0] += summed
         else:
             total.terms[name][i, :, 0, t] += summed
     if found.rest is not None:

@@ -22,7 +22,8 @@ class Contribution:
     """What one window added to the explained function. Arrays are float64 over the kept axes, step left out.
 
     Attributes:
-        window: its position. terms: term -> influences. residual, omitted: over (test, output) as far as kept.
+        window: its position. terms: term -> influences. residual, omitted, statistics: over (test, output) as far as
+            kept; statistics are what buffers added that moved.
         nodes, evaluations: of the quadrature, summed over the window's segments. converged: whether all of them met the
             tolerance, and missed: how many did not. update_error, correction: the largest of its steps (see decompose).
     """
@@ -31,6 +32,7 @@ class Contribution:
     terms: Mapping[str, Tensor]
     residual: Tensor
     omitted: Tensor
+    statistics: Tensor
     nodes: int
     evaluations: int
     converged: bool
@@ -56,6 +58,7 @@ class WindowSum:
     change: Tensor = field(init=False)
     omitted: Tensor = field(init=False)
     gap: Tensor = field(init=False)
+    statistics: Tensor = field(init=False)
     nodes: int = 0
     evaluations: int = 0
     converged: bool = True
@@ -72,7 +75,9 @@ class WindowSum:
             name: torch.zeros(full if name == "kernel" else plain, dtype=torch.float64) for name in self.names
         }
         edge = (full[-2], full[-1])
-        self.change, self.omitted, self.gap = (torch.zeros(edge, dtype=torch.float64) for _ in range(3))
+        self.change, self.omitted, self.gap, self.statistics = (
+            torch.zeros(edge, dtype=torch.float64) for _ in range(4)
+        )
 
     def count(self, *, nodes: int, evaluations: int, converged: bool) -> None:
         """Note what a segment's quadrature took."""
@@ -88,7 +93,7 @@ class WindowSum:
 
     def finish(self) -> Contribution:
         """The sum, over the kept axes; what nothing explains is the residual."""
-        total = self.omitted.clone()
+        total = self.omitted + self.statistics
         for term in self.terms.values():
             total += term.sum(tuple(range(term.ndim - 2)))
         keep = self.question.keep
@@ -99,6 +104,7 @@ class WindowSum:
             },
             residual=_squeezed(self.change - total, AXES[-2:], keep),
             omitted=_squeezed(self.omitted + self.gap, AXES[-2:], keep),
+            statistics=_squeezed(self.statistics, AXES[-2:], keep),
             nodes=self.nodes,
             evaluations=self.evaluations,
             converged=self.converged,

@@ -72,7 +72,14 @@ class RunWriter:
         self._ever_changed: set[str] = set()
         self._outside: dict[str, Tensor] = {}
 
-    def start(self, loss: Callable[..., Tensor] | None, train_size: int | None, *, overwrite: bool) -> None:
+    def start(
+        self,
+        loss: Callable[..., Tensor] | None,
+        train_size: int | None,
+        *,
+        overwrite: bool,
+        penalty: Callable[..., Tensor] | None = None,
+    ) -> None:
         """Write theta_0, the optimizer's state and the manifest.
 
         Raises:
@@ -114,6 +121,7 @@ class RunWriter:
                 "loss": describe_loss(loss),
                 "evaluates_elsewhere": rule.evaluates_elsewhere,
                 "outside": list(rule.outside),
+                "penalty": None if penalty is None else describe_loss(penalty),
                 "train_size": train_size,
                 "parameters": [
                     {"name": n, "shape": list(p.shape), "dtype": str(p.dtype), "trained": n in trained}

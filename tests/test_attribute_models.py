@@ -190,7 +190,7 @@ def trained(path, make_model, make_inputs, make_optimizer=adamw, **options):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_influence_equals_the_oracle(tmp_path, name):
     run, inputs = trained(tmp_path / "run", *MODELS[name])
-    result = explaind.attribute(run, inputs, nodes=2, progress=False)
+    result = explaind.attribute(run, inputs, nodes=2, buffers="final", progress=False)
     truth = dense(run, inputs, 2)
     assert_equal(result, truth.expected(EVERYTHING, modules(truth), run.steps))
     assert float(abs(result.kernel).max()) > 1e-3  # not trivially
@@ -226,7 +226,7 @@ def test_buffers_are_held_at_their_last_values_and_dropout_is_off(tmp_path):
     assert not torch.equal(run.buffers(0)["1.running_mean"], run.buffers(3)["1.running_mean"])
     model = normalised().double().eval()
     fresh = explaind.open_run(run.path, model=model)  # whose own buffers are those of an untrained model
-    result = explaind.attribute(fresh, inputs, nodes=1, progress=False)
+    result = explaind.attribute(fresh, inputs, nodes=1, buffers="final", progress=False)
     for step, kept in ((0, result.initial), (3, result.final)):
         model.load_state_dict({**run.theta(step), **run.buffers(3)})
         np.testing.assert_allclose(kept, model(inputs).detach(), rtol=0, atol=1e-14)
