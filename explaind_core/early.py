@@ -72,16 +72,22 @@ class EarlyCheck:
     """Computes steps again while they are recorded.
 
     Args:
-        subject: the model and its optimizer. mode: not ``"steps"``. loss, gradient: as the Recorder was given.
+        subject: the model and its optimizer. mode: not ``"steps"``. loss, gradient, penalty: as the Recorder was given.
 
     Attributes:
         recipe: how the loop rounds, as the last checked step showed.
     """
 
     def __init__(
-        self, subject: Subject, mode: str, loss: Callable[..., Tensor] | None, gradient: GradientFunction | None
+        self,
+        subject: Subject,
+        mode: str,
+        loss: Callable[..., Tensor] | None,
+        gradient: GradientFunction | None,
+        penalty: Callable[..., Tensor] | None = None,
     ) -> None:
         self._subject, self._mode, self._loss, self._gradient = subject, mode, loss, gradient
+        self._penalty = penalty
         self._checked = False
         self.recipe = Recipe()
 
@@ -120,8 +126,9 @@ class EarlyCheck:
                     buffer.copy_(buffers[name])
             try:
                 found = recipe.gradients(
-                    model, batch, self._loss, fed=names, trained=trained, clips=clips, gradient=self._gradient
-                )
+                    model, batch, self._loss, fed=names, trained=trained, clips=clips, gradient=self._gradient,
+                    penalty=self._penalty,
+                )  # fmt: skip
             except ExplaindError:
                 raise
             except Exception as error:
@@ -139,7 +146,8 @@ class EarlyCheck:
         Raises:
             RecordingError: it does not come out as it was recorded.
         """
-        run = open_run(path, model=self._subject.model, loss=self._loss, gradient=self._gradient, until=1, **options)
+        run = open_run(path, model=self._subject.model, loss=self._loss, gradient=self._gradient,
+                       penalty=self._penalty, until=1, **options)  # fmt: skip
         try:
             run.theta(1)
         except ExplaindError as error:

@@ -4,8 +4,9 @@ Per micro-batch, in the order of their declaration, with the model, the random s
 
     (loss(model(inputs), targets) * weight).backward()
 
-The gradients add up in ``.grad``; then they are unscaled and clipped as the loop declared. A loss that returns one
-value per sample is averaged. Every rounding must be the loop's own: the result is compared bit by bit.
+and, where there is a penalty, ``penalty(parameters).backward()``. The gradients add up in ``.grad``; then they are unscaled
+and clipped as the loop declared. A loss that returns one value per sample is averaged. Every rounding must be the loop's
+own: the result is compared bit by bit.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class Recipe:
         trained: Sequence[str] | None = None,
         clips: Iterable[Sequence[Any]] = (),
         gradient: GradientFunction | None = None,
+        penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """The gradients that the optimizer was fed, left in the ``.grad`` of the model's parameters as well.
 
@@ -73,6 +75,7 @@ class Recipe:
             fed: the parameters that had a gradient; all others get none.
             trained: those that were clipped, in the model's order; ``fed`` by default.
             clips: as :meth:`explaind_core.Run.clips` returns them. gradient: does the backward passes instead.
+            penalty: of the parameters alone, added behind them.
 
         Raises:
             QuestionError: there is neither a loss nor ``gradient``.
@@ -94,6 +97,10 @@ class Recipe:
                         gradient(model, given)
                     else:
                         self._backward(model, given, state, loss)
+            if penalty is not None:
+                value = penalty(named) * scale
+                if value.requires_grad:
+                    value.backward()  # type: ignore[no-untyped-call]
         for name in fed:  # gradients that were set to zero, and never reached
             if named[name].grad is None:
                 named[name].grad = torch.zeros_like(named[name])

@@ -138,7 +138,7 @@ class Recorder:
         check_mode(mode, self._subject, loss, gradient)
         self._store = RunStore(path)
         self._writer = RunWriter(self._store, self._subject, snapshot_every, mode)
-        self._early = None if mode == "steps" else EarlyCheck(self._subject, mode, loss, gradient)
+        self._early = None if mode == "steps" else EarlyCheck(self._subject, mode, loss, gradient, penalty)
         self._modelled = gradient is None  # the model is called as it is, by the default recipe
         self._reading = {"rule": rule, "registry": registry, "make_optimizer": make_optimizer}
         # Where a step is computed again: the buffers before its pass, None before it was called.

@@ -58,6 +58,13 @@ class Rerun:
                 expected=(run.manifest["loss"] or {}).get("name", "the loss that the loop had"),
                 remedy="open_run(path, model=model, loss=loss)",
             )
+        if run.manifest.get("penalty") and run.penalty is None and gradient is None:
+            raise QuestionError(
+                f"{what}: that takes the penalty that it was trained with",
+                where=run.path,
+                expected=run.manifest["penalty"]["name"],
+                remedy="open_run(path, model=model, penalty=...)",
+            )
         self._run, self._model, self._loss, self._backward = run, model, loss, gradient
         self._segments: OrderedDict[int, RunStore] = OrderedDict()
         self.gradients = lru_cache(maxsize=2)(self._gradients_again)
@@ -184,6 +191,7 @@ class Rerun:
             trained=trained,
             clips=run.clips(s),
             gradient=self._backward,
+            penalty=run.penalty,
         )
         return {n: g.detach() for n, g in found.items()}
 

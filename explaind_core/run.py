@@ -373,8 +373,7 @@ class Run:
             changed: only those that changed in steps 1..s.
         """
         s = len(self.steps) if s is None else self.check_step(s, first=0)
-        start = self.start_tensors("buffer/")
-        start = {} if changed else self._start("buffer/")
+        start = {} if changed else self.start_tensors("buffer/")
         if s == 0:
             return start
         stored = self._after(s)

@@ -26,6 +26,9 @@ DATA = torch.randn(SAMPLES, 3, generator=_GENERATOR, dtype=torch.float64)
 TARGETS = torch.randint(2, (SAMPLES,), generator=_GENERATOR)
 INPUTS = torch.randn(2, 3, generator=_GENERATOR, dtype=torch.float64)
 
+#: Temporary folders live as long as the tests.
+_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
+
 
 def network(features: frozenset[str]) -> nn.Sequential:
     """No bias before a normalisation: its gradient would be rounding, and nothing else."""
@@ -86,10 +89,17 @@ def shares_of(
 
 
 def train(
-    features: frozenset[str], batches: list[list[list[int]]], *, lr: float = 0.3, mu: float = 0.7, decay: float = 0.1
+    features: frozenset[str],
+    batches: list[list[list[int]]],
+    *,
+    lr: float = 0.3,
+    mu: float = 0.7,
+    decay: float = 0.1,
+    **options: Any,
 ) -> Trained:
     """Train, record, and keep apart what every sample did."""
-    path = Path(tempfile.mkdtemp(prefix="explaind-loops-")) / "run"
+    _FOLDERS.append(tempfile.TemporaryDirectory(prefix="explaind-loops-"))
+    path = Path(_FOLDERS[-1].name) / "run"
     model = network(features)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=mu, weight_decay=decay)
     loss = nn.CrossEntropyLoss()
@@ -102,7 +112,7 @@ def train(
 
     keep()
     torch.manual_seed(3)
-    with explaind.Recorder(path, model, optimizer, loss, penalty=term) as recorder:
+    with explaind.Recorder(path, model, optimizer, loss, penalty=term, **options) as recorder:
         for step in batches:
             optimizer.zero_grad()
             ids, shares = [], []
@@ -345,6 +355,21 @@ def test_a_question_about_gradients_that_cannot_be_asked_is_refused():
     kept = train(combined("penalty", "clip value"), BATCHES[:2])
     with pytest.raises(RecordingError, match="clipped entry by entry"):
         explaind.attribute(kept.run, INPUTS, progress=False)
+
+
+@pytest.mark.parametrize("mode", ["parameters", "snapshots"])
+def test_all_features_are_computed_again_bit_by_bit_where_they_are_not_stored(mode):
+    features = combined("norm", "dropout", "clip", "penalty")
+    whole, less = train(features, BATCHES), train(features, BATCHES, mode=mode, snapshot_every=3)
+    for s in whole.run.steps:
+        for what in ("theta", "gradients", "buffers"):
+            one, other = getattr(whole.run, what)(s), getattr(less.run, what)(s)
+            assert all(torch.equal(one[n], other[n]) for n in {*one, *other})
+    results = [explaind.attribute(kept.run, INPUTS, keep=KEPT, nodes=NODES, progress=False) for kept in (whole, less)]
+    for name, value in results[0].items():
+        np.testing.assert_array_equal(value, results[1][name])
+    with pytest.raises(QuestionError, match="takes the penalty"):
+        explaind.open_run(less.run.path, model=less.run.model).gradients(2)
 
 
 def test_a_wrong_penalty_is_found_where_samples_are_told_apart():
