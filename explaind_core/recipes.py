@@ -4,9 +4,9 @@ Per micro-batch, in the order of their declaration, with the model, the random s
 
     (loss(model(inputs), targets) * weight).backward()
 
-and, where there is a penalty, ``penalty(parameters).backward()``. The gradients add up in ``.grad``; then they are unscaled
-and clipped as the loop declared. A loss that returns one value per sample is averaged. Every rounding must be the loop's
-own: the result is compared bit by bit.
+and, where there is a penalty, ``penalty(parameters).backward()``. The gradients add up in ``.grad``; then they are
+unscaled and clipped as the loop declared. A loss that returns one value per sample is averaged. Every rounding must be
+the loop's own: the result is compared bit by bit.
 """
 
 from __future__ import annotations
