@@ -7,7 +7,6 @@ further ones as training goes on.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from explaind_core.coefficients import qualified_name
 from explaind_core.errors import ExplaindError, RecordingError
+from explaind_core.plain import plain_copy
 from explaind_core.recipes import GradientFunction, Recipe, candidates, different
 from explaind_core.run import MicroBatch, open_run
 from explaind_core.subject import Subject
@@ -112,7 +112,7 @@ class EarlyCheck:
             RecordingError: it is another one.
         """
         try:
-            model = copy.deepcopy(self._subject.model)
+            model = plain_copy(self._subject.model)  # what it computes if nothing is compiled
         except Exception as error:
             raise RecordingError(
                 f"the model cannot be copied: {error}", where=f"mode={self._mode!r}", remedy="record with mode='steps'"

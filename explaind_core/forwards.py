@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from explaind_core.errors import StoreError
+from explaind_core.plain import plain_name
 
 __all__ = ["ForwardState", "ForwardWatch"]
 
@@ -121,7 +122,8 @@ class ForwardWatch:
 
     def __init__(self, model: nn.Module, first: Callable[[], object] = tuple) -> None:
         self._model, self._first = model, first
-        self._names = [(name, module) for name, module in model.named_modules() if name]
+        named = ((plain_name(name), module) for name, module in model.named_modules())
+        self._names = [(name, module) for name, module in named if name]
         devices = {p.device for p in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
         self._devices = [torch.device("cpu"), *sorted(devices, key=str)]
         # Autocast is asked for where the model lies; on the processor for parts of it that lie there.

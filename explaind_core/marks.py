@@ -8,6 +8,7 @@ from torch import Tensor
 
 from explaind_core.errors import RecordingError
 from explaind_core.fingerprints import fingerprint
+from explaind_core.plain import plain_name
 from explaind_core.subject import Subject
 
 __all__ = ["Marks"]
@@ -78,4 +79,4 @@ class Marks:
         return fingerprint({n: p for n, p in self._subject.parameters.items() if n in self._names})
 
     def _live_buffers(self) -> dict[str, Tensor]:
-        return dict(self._subject.model.named_buffers())
+        return {plain_name(name): buffer for name, buffer in self._subject.model.named_buffers()}

@@ -29,7 +29,7 @@ from explaind_core.plugins import RegisteredRule, Registry, default_registry
 from explaind_core.recipes import GradientFunction
 from explaind_core.rounds import Rounds
 from explaind_core.run import MicroBatch, OptimizerFactory
-from explaind_core.scaling import ScalerWatch
+from explaind_core.scaling import ScalerWatch, check_scaler
 from explaind_core.store import RunStore
 from explaind_core.subject import Subject
 from explaind_core.writer import RunWriter, SeenStep
@@ -127,6 +127,7 @@ class Recorder:
         make_optimizer: OptimizerFactory | Sequence[OptimizerFactory | None] | None = None,
         penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
     ) -> None:
+        check_scaler(scaler)
         optimizers = each_optimizer(optimizer)
         registered = [
             (registry or default_registry()).rule_for(each)

@@ -10,7 +10,19 @@ from torch.amp import GradScaler
 
 from explaind_core.errors import RecordingError
 
-__all__ = ["ScalerWatch"]
+__all__ = ["ScalerWatch", "check_scaler"]
+
+
+def check_scaler(scaler: object) -> None:
+    """Refuse what is no gradient scaler; None is none.
+
+    Raises:
+        RecordingError: it has no ``step`` and ``update``.
+    """
+    if scaler is not None and not all(callable(getattr(scaler, name, None)) for name in ("step", "update")):
+        raise RecordingError(
+            "this is no gradient scaler", where="scaler", expected="a torch.amp.GradScaler", got=type(scaler).__name__
+        )
 
 
 class ScalerWatch:
@@ -21,9 +33,6 @@ class ScalerWatch:
 
     Args:
         scaler: the loop's. optimizers: those that are recorded. skipped: called with the number of the one skipped.
-
-    Raises:
-        RecordingError: it is no gradient scaler.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
@@ -41,13 +50,6 @@ class ScalerWatch:
     def __init__(
         self, scaler: GradScaler, optimizers: Sequence[torch.optim.Optimizer], skipped: Callable[[int], object]
     ) -> None:
-        if not callable(getattr(scaler, "step", None)) or not callable(getattr(scaler, "update", None)):
-            raise RecordingError(
-                "this is no gradient scaler",
-                where="scaler",
-                expected="a torch.amp.GradScaler",
-                got=type(scaler).__name__,
-            )
         self._scaler, self._optimizers, self._skipped = scaler, list(optimizers), skipped
         self._made = [0] * len(self._optimizers)
         self._handles = [
