@@ -1,4 +1,4 @@
-"""The command line: ``explaind demo``, ``verify``, ``attribute``, ``optimizers``, ``check-plugin``.
+"""The command line: ``explaind demo``, ``check``, ``verify``, ``attribute``, ``optimizers``, ``check-plugin``.
 
 Exit status 0 means that the check a command names holds; 1 that it does not; 2 that the call was wrong, or a file is
 damaged; 130 that it was interrupted.
@@ -54,6 +54,18 @@ def demo(
         setting = replace(setting, seed=seed)
     folder = out if out is not None else Path("runs") / ("quick" if quick else "demo")
     raise typer.Exit(0 if study.demo(folder, setting, console=console).holds else 1)
+
+
+@app.command()
+def check(run: RunPath) -> None:
+    """Read every file of a recorded run and compare it with its checksums; 0 if all are intact."""
+    from explaind_core.store import RunStore
+
+    found = RunStore(run).check_all(progress=True)
+    for error in found:
+        console.print(str(error), markup=False, highlight=False)
+    console.print(f"{len(found)} files are damaged or missing" if found else "every file is intact")
+    raise typer.Exit(1 if found else 0)
 
 
 @app.command()

@@ -10,11 +10,16 @@ from torch import Tensor, nn
 from torch.nn.modules import loss as torch_losses
 
 from explaind_core.coefficients import qualified_name
-from explaind_core.errors import QuestionError
+from explaind_core.errors import QuestionError, StoreError
 
 __all__ = ["describe_loss", "per_sample_loss", "rebuild_loss"]
 
 LossFunction = Callable[[Any, Any], Tensor]
+#: torch's losses that are functions.
+_FUNCTIONS = {
+    "cross_entropy", "nll_loss", "kl_div", "binary_cross_entropy", "binary_cross_entropy_with_logits", "ctc_loss",
+    *(name for name in vars(torch.nn.functional) if name.endswith("_loss") and not name.startswith("_")),
+}  # fmt: skip
 
 
 def describe_loss(loss: Callable[..., Tensor] | None) -> dict[str, Any] | None:
@@ -38,7 +43,10 @@ def describe_loss(loss: Callable[..., Tensor] | None) -> dict[str, Any] | None:
 def rebuild_loss(description: dict[str, Any] | None) -> LossFunction | None:
     """The loss that :func:`describe_loss` described, if it is one of torch's own or of our integrations'; else None.
 
-    Only names inside ``torch.nn`` and of those few are looked up, so a store cannot make this run foreign code.
+    Only names of torch's losses and of those few are looked up, so a store cannot make this run other code.
+
+    Raises:
+        StoreError: the settings are not those of that loss.
 
     Example:
         >>> rebuild_loss(describe_loss(torch.nn.MSELoss(reduction="sum")))
@@ -48,9 +56,17 @@ def rebuild_loss(description: dict[str, Any] | None) -> LossFunction | None:
         return None
     module, _, name = description["name"].rpartition(".")
     if module == torch_losses.__name__ and "settings" in description and name in torch_losses.__all__:
-        loss: LossFunction = getattr(torch_losses, name)(**description["settings"])
+        try:
+            loss: LossFunction = getattr(torch_losses, name)(**description["settings"])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise StoreError(
+                f"the recorded loss cannot be built again: {error}",
+                where=f"{name}, manifest.json",
+                got=description["settings"],
+                remedy="pass open_run(..., loss=)",
+            ) from error
         return loss
-    if module == "torch.nn.functional" and name in torch.nn.functional.__dict__ and not name.startswith("_"):
+    if module == "torch.nn.functional" and name in _FUNCTIONS:
         function: LossFunction = getattr(torch.nn.functional, name)
         return function
     from explaind_core.integrations import losses  # a later stage; looked up by name, like torch's own

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,7 @@ class Recorder:
             that nobody has declared. For several optimizers a list, with None for the registered rule.
         scaler: the ``torch.amp.GradScaler`` of the loop. Steps that it skips are seen then, and their batch forgotten.
         registry: the plugins to look for a rule in; all installed ones by default.
+        compression: how tensors are packed, without loss: ``"blosc"`` (bit shuffle and LZ4), or None.
         gradient: ``gradient(model, micro_batch)`` runs a micro-batch's backward pass as the loop does, where that is
             not ``(loss(model(inputs), targets) * weight).backward()``; for the modes that compute gradients again.
         make_optimizer: as for :func:`explaind_core.open_run`, for those modes as well.
@@ -126,6 +127,7 @@ class Recorder:
         gradient: GradientFunction | None = None,
         make_optimizer: OptimizerFactory | Sequence[OptimizerFactory | None] | None = None,
         penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
+        compression: Literal["blosc"] | None = "blosc",
     ) -> None:
         check_scaler(scaler)
         optimizers = each_optimizer(optimizer)
@@ -137,7 +139,11 @@ class Recorder:
         ]
         self._subject = Subject(model, optimizers, registered)
         check_mode(mode, self._subject, loss, gradient)
-        self._store = RunStore(path)
+        if compression not in ("blosc", None):
+            raise RecordingError(
+                "unknown compression", where="compression", expected="'blosc' or None", got=compression
+            )
+        self._store = RunStore(path, compress=compression is not None)
         self._writer = RunWriter(self._store, self._subject, snapshot_every, mode)
         self._early = None if mode == "steps" else EarlyCheck(self._subject, mode, loss, gradient, penalty)
         self._modelled = gradient is None  # the model is called as it is, by the default recipe
@@ -306,7 +312,7 @@ class Recorder:
         self._detach()
         if self._rounds is not None:
             self._rounds.end()
-        self._store.write_json("closed.json", {"steps": self.steps})
+        self._store.close(self.steps)
 
     def __enter__(self) -> Self:
         return self

@@ -113,7 +113,7 @@ class Rerun:
     def _run_again(self, start: int) -> RunStore:
         folder = tempfile.mkdtemp(prefix="explaind-steps-")
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)  # at exit as well
-        store = RunStore(folder)
+        store = RunStore(folder, compress=False)
         until = min([k for k in self._run.snapshots() if k > start] + [len(self._run.steps)])
         try:
             for s, tensors in self._steps(start, until):

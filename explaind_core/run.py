@@ -23,7 +23,9 @@ from explaind_core.joint import JOINED_BY, OWNER, JointRule, each_optimizer, eac
 from explaind_core.losses import LossFunction, rebuild_loss
 from explaind_core.plain import plain_copy, plain_name
 from explaind_core.plugins import Registry, default_registry
+from explaind_core.schema import COUNT, STEP, mismatch
 from explaind_core.store import RunStore, StoredFile
+from explaind_core.tensorfile import DTYPES
 
 if TYPE_CHECKING:  # later stages, which need a Run
     from explaind_core.recipes import GradientFunction
@@ -114,22 +116,25 @@ class Run:
         registry: Registry | None = None,
         gradient: GradientFunction | None = None,
         penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
+        damaged: bool = False,
     ) -> None:
         self.penalty = penalty
         self.store = RunStore(path)
-        self.manifest = self.store.read_manifest()
+        self.manifest = self.store.read_manifest(damaged=damaged)
         self.rule = self._rule(rule)
         self.point = self._check_point(point)
         self.registry = registry or default_registry()
         self.optimizer_makers = self._makers(make_optimizer)
         self.parameters: Mapping[str, ParameterInfo] = {
-            p["name"]: ParameterInfo(torch.Size(p["shape"]), getattr(torch, p["dtype"].split(".")[1]), p["trained"])
+            p["name"]: ParameterInfo(torch.Size(p["shape"]), self._dtype(p["dtype"]), p["trained"])
             for p in self.manifest["parameters"]
         }
-        self.store.check_file(self.store.start_path, what="the start of the run")
-        recorded = self.store.count_steps(until=until)
+        if not damaged:
+            self.store.check_file(self.store.start_path, what="the start of the run")
+        recorded = self.store.count_steps(until=until, damaged=damaged)
         self.steps = range(1, recorded + 1)
-        self.complete = self.store.read_json("closed.json") is not None
+        self._closed, self._damaged = self.store.closed(damaged=damaged), damaged
+        self.complete = self._closed is not None
         self.model = None if model is None else self._check_model(model)
         self.loss = loss if loss is not None else rebuild_loss(self.manifest["loss"])
         self.mode: str = self.manifest.get("mode", "steps")
@@ -300,6 +305,9 @@ class Run:
 
     def _read_header(self, s: int) -> dict[str, Any]:
         header: dict[str, Any] = self.store.read_header(self.store.step_path(s), what=f"step {s}")
+        words = mismatch(header, STEP)
+        if words:
+            raise StoreError(f"the header of step {s} is not as it must be: {words}", where=self.store.step_path(s))
         return header
 
     def step_header(self, s: int) -> Mapping[str, Any]:
@@ -313,17 +321,23 @@ class Run:
 
         return Rerun(self, self._architecture, self.loss, self._gradient)
 
-    def _step(self, s: int) -> StoredFile:
-        """All of step s, computed again where it was not stored."""
+    def _step(self, s: int, *only: str) -> StoredFile:
+        """Step s, computed again where it was not stored; at least the tensors whose names start as ``only`` says."""
         if self.mode == "snapshots":
             return self._rerun.stored(s)
-        return self.store.read_tensors(self.store.step_path(s), what=f"step {s}")
+        return self.store.read_tensors(self.store.step_path(s), what=f"step {s}", only=only)
 
-    def _after(self, s: int) -> Mapping[str, Tensor]:
+    def _step_tensors(self, s: int, *prefixes: str) -> dict[str, Tensor]:
+        """The tensors in the file of step s whose names start like this; only these are read."""
+        path = self.store.step_path(s)
+        return self.store.read_tensors(path, what=f"step {s}", only=prefixes).tensors
+
+    def _after(self, s: int, *only: str) -> Mapping[str, Tensor]:
         """The tensors that hold theta and the buffers after step s; of a snapshot without computing anything."""
         if self.mode == "snapshots" and s in self._kept:
-            return self.store.read_tensors(self.store.snapshot_path(s), what=f"the snapshot after step {s}").tensors
-        return self._step(s).tensors
+            path = self.store.snapshot_path(s)
+            return self.store.read_tensors(path, what=f"the snapshot after step {s}", only=only).tensors
+        return self._step(s, *only).tensors
 
     @cached_property
     def _kept(self) -> frozenset[int]:
@@ -342,6 +356,19 @@ class Run:
         if "_rerun" in self.__dict__:
             self._rerun.close()
 
+    def _dtype(self, name: str) -> torch.dtype:
+        """A dtype by the name that torch prints; nothing else of torch can be named."""
+        known = {str(dtype): dtype for dtype in DTYPES.values()}
+        if name not in known:
+            raise StoreError(
+                "the manifest names a dtype that is none",
+                where=self.path / "manifest.json",
+                expected=sorted(known),
+                got=name[:100],
+                remedy="do not use this store: it was not written by explaind",
+            )
+        return known[name]
+
     def theta(self, s: int, *, point: str | None = None) -> dict[str, Tensor]:
         """The parameters after step s; ``theta(0)`` is the initialisation. Every tensor has its own storage.
 
@@ -352,19 +379,34 @@ class Run:
         evaluated = (self.point if point is None else self._check_point(point)) == "evaluated"
         if s == 0:
             start = self.start_tensors("theta/") | (self.start_tensors("evaluated/") if evaluated else {})
-            return {n: start[n] for n in self.parameters}
-        stored = self._after(s)
+            return self._shaped({n: start[n] for n in self.parameters if n in start}, "theta(0)", all_of_them=True)
+        stored = self._after(s, "theta/", *(["evaluated/"] if evaluated else []))
         found = {n: stored[f"theta/{n}"] for n in self.parameters if f"theta/{n}" in stored}
         if evaluated:
             found |= {n: stored[f"evaluated/{n}"] for n in self.parameters if f"evaluated/{n}" in stored}
         if len(found) < len(self.parameters):  # the others were never trained up to here
             found = self.start_tensors("theta/") | found
-        return {n: found[n] for n in self.parameters}
+        return self._shaped({n: found[n] for n in self.parameters if n in found}, f"theta({s})", all_of_them=True)
+
+    def _shaped(self, found: dict[str, Tensor], what: str, *, all_of_them: bool = False) -> dict[str, Tensor]:
+        """``found``, if these are tensors of the run's parameters."""
+        for name in self.parameters if all_of_them else found:
+            info = self.parameters[name]
+            expected, got = (info.shape, info.dtype), (found[name].shape, found[name].dtype) if name in found else None
+            if expected != got:
+                raise StoreError(
+                    f"{what} does not fit the manifest",
+                    where=f"{self.path}, parameter {name!r}",
+                    expected=expected,
+                    got=got or "no such tensor",
+                    remedy="do not use this store: it was not written by explaind",
+                )
+        return found
 
     def start_tensors(self, prefix: str) -> dict[str, Tensor]:
         """What was stored before step 1 under names that begin with ``prefix``: ``theta/``, ``buffer/``."""
-        tensors = self.store.read_tensors(self.store.start_path, what="the start of the run").tensors
-        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        tensors = self.store.read_tensors(self.store.start_path, what="the start of the run", only=prefix).tensors
+        return {n.removeprefix(prefix): t for n, t in tensors.items()}
 
     def buffers(self, s: int | None = None, *, changed: bool = False) -> dict[str, Tensor]:
         """The model's buffers after step s (the last one by default), such as running statistics.
@@ -376,7 +418,7 @@ class Run:
         start = {} if changed else self.start_tensors("buffer/")
         if s == 0:
             return start
-        stored = self._after(s)
+        stored = self._after(s, "buffer/")
         return start | {n.removeprefix("buffer/"): t for n, t in stored.items() if n.startswith("buffer/")}
 
     def hyper(self, s: int) -> tuple[dict[str, Any], ...]:
@@ -393,9 +435,8 @@ class Run:
         structure = self._header(s)["groups"]
         tensors: dict[str, Tensor] = {}
         if "#tensor" in repr(structure):
-            stored = self.store.read_tensors(self.store.step_path(s), what=f"step {s}").tensors
-            tensors = {n.removeprefix("group/"): t for n, t in stored.items() if n.startswith("group/")}
-        return tuple(trees.unflatten(structure, tensors))
+            tensors = {n.removeprefix("group/"): t for n, t in self._step_tensors(s, "group/").items()}
+        return tuple(self.store.unflatten(structure, tensors, self.store.step_path(s), what=f"step {s}"))
 
     def gradients(self, s: int) -> dict[str, Tensor]:
         """The gradients that step s was fed, in the order of ``parameters``; one without a gradient is left out."""
@@ -403,7 +444,7 @@ class Run:
         if self.mode == "parameters":
             computed = self._rerun.gradients(s)
             return {n: computed[n].cpu().clone() for n in self.parameters if n in computed}
-        stored = self._step(s).tensors
+        stored = self._step(s, "gradient/", "sparse_").tensors
         found = {}
         for name, info in self.parameters.items():
             if f"gradient/{name}" in stored:
@@ -426,7 +467,7 @@ class Run:
         """
         self.check_step(s)
         losses = self._header(s).get("closure_losses", [])
-        stored = self.store.read_tensors(self.store.step_path(s), what=f"step {s}").tensors if losses else {}
+        stored = self._step_tensors(s, "closure/") if losses else {}
         calls = []
         for k, loss in enumerate(losses):
             prefix = f"closure/{k}/"
@@ -437,19 +478,17 @@ class Run:
     def outside(self, s: int) -> dict[str, dict[str, Tensor]]:
         """The optimizer's state entries that gradients alone do not give, as step s changed them, by parameter name."""
         self.check_step(s)
-        stored = self.store.read_tensors(self.store.step_path(s), what=f"step {s}").tensors
         found: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in stored.items():
-            if key.startswith("outside/"):
-                _, entry, name = key.split("/", 2)
-                found.setdefault(name, {})[entry] = tensor
+        for key, tensor in self._step_tensors(s, "outside/").items():
+            _, entry, name = key.split("/", 2)
+            found.setdefault(name, {})[entry] = tensor
         return found
 
     def buffers_before(self, s: int) -> dict[str, Tensor]:
         """The buffers that something outside the training step changed between step s - 1 and the pass of step s."""
         names = self.step_header(s).get("buffers_before", ())
         path = self.store.step_path(s)
-        return {n: self.store.read_tensor(path, f"before/{n}") for n in names}
+        return {n: self.store.read_tensor(path, f"before/{n}", what=f"step {s}") for n in names}
 
     def gradient_factor(self, s: int) -> float:
         """The factor (clip coefficient) that the recorder was told for step s, 1 if none."""
@@ -475,26 +514,32 @@ class Run:
         entries = (entry for s in self.steps for entry in self._header(s)["batches"])
         return any((entry.get("forward") or {}).get("autocast") is not None for entry in entries)
 
+    def _ids(self, s: int, count: int) -> list[Tensor]:
+        """The sample ids of every micro-batch of step s."""
+        wanted = [{"#tensor": f"ids/{index}"} for index in range(count)]
+        path, stored = self.store.step_path(s), self._step_tensors(s, "ids/")
+        ids: list[Tensor] = self.store.unflatten(wanted, stored, path, what=f"step {s}")
+        return ids
+
     def sample_ids(self, s: int) -> Tensor:
         """The ids of the samples whose gradients step s was fed, in order, without reading anything else."""
         self.check_step(s)
         count = len(self._header(s)["batches"])
-        path = self.store.step_path(s)
-        parts = [self.store.read_tensor(path, f"ids/{index}") for index in range(count)]
+        parts = self._ids(s, count)
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
     def batch(self, s: int) -> Batch:
         """The batch of step s: which samples its gradient was of, with their inputs and targets."""
         self.check_step(s)
-        stored_step = self.store.read_tensors(self.store.step_path(s), what=f"step {s}").tensors
-        micro = []
-        for index, entry in enumerate(self._header(s)["batches"]):
-            stored = self.store.read_tensors(self.store.batch_path(entry["key"]), what=f"the batch of step {s}")
-            data = trees.unflatten(stored.header, stored.tensors)
+        entries, micro = self._header(s)["batches"], []
+        states = self._step_tensors(s, "rng/")
+        for index, (ids, entry) in enumerate(zip(self._ids(s, len(entries)), entries, strict=True)):
+            path, what = self.store.batch_path(entry["key"]), f"the batch of step {s}"
+            stored = self.store.read_tensors(path, what=what)
+            data = self.store.unflatten(stored.header, stored.tensors, path, what=what)
             prefix = f"rng/{index}/"
-            rng = {n.removeprefix(prefix): t for n, t in stored_step.items() if n.startswith(prefix)}
+            rng = {n.removeprefix(prefix): t for n, t in states.items() if n.startswith(prefix)}
             forward = ForwardState.stored(entry.get("forward"), rng)
-            ids = stored_step[f"ids/{index}"]
             micro.append(MicroBatch(ids, data["inputs"], data["targets"], entry["weight"], forward))
         return Batch(tuple(micro))
 
@@ -503,7 +548,12 @@ class Run:
     def metrics(self) -> xr.Dataset:
         """What the loop logged with ``recorder.log``: one variable a metric over ``step``, NaN where none was."""
         rows: dict[int, dict[str, float]] = {}
-        for entry in self.store.read_lines("metrics.jsonl"):
+        lines = self.store.read_lines("metrics.jsonl", expected=self._lines(), whole=self.complete)
+        for number, entry in enumerate(lines, 1):
+            words = mismatch(entry, {"step": COUNT}) or mismatch(list(entry.values()), [(int, float)])
+            if words:
+                where = f"{self.path / 'metrics.jsonl'}, line {number}"
+                raise StoreError(f"a line of metrics.jsonl is not as it must be: {words}", where=where)
             if entry["step"] <= len(self.steps):
                 rows.setdefault(entry["step"], {}).update({k: v for k, v in entry.items() if k != "step"})
         steps = sorted(rows)
@@ -511,18 +561,35 @@ class Run:
         columns = {name: ("step", [rows[s].get(name, float("nan")) for s in steps]) for name in names}
         return xr.Dataset(columns, coords={"step": steps})
 
+    def _lines(self) -> int:
+        """How many lines of metrics there were at least: what was lost of a log is known."""
+        if self._closed is not None:
+            return int(self._closed.get("lines", 0))
+        return int(self._header(len(self.steps)).get("lines", 0)) if self.steps else 0
+
     def optimizer_state(self, s: int = 0) -> dict[str, dict[str, Any]]:
         """The optimizer's state by parameter name as it was kept: at the start (0) or a snapshot after step s."""
         path = self.store.start_path if s == 0 else self.store.snapshot_path(s)
-        stored = self.store.read_tensors(path, what=f"the optimizer's state after step {s}")
-        tensors = {n.removeprefix("state/"): t for n, t in stored.tensors.items() if n.startswith("state/")}
-        state: dict[str, dict[str, Any]] = trees.unflatten(stored.header["state"], tensors)
+        what = f"the optimizer's state after step {s}"
+        stored = self.store.read_tensors(path, what=what, only="state/")
+        tensors = {n.removeprefix("state/"): t for n, t in stored.tensors.items()}
+        state: dict[str, dict[str, Any]] = self.store.unflatten(stored.header["state"], tensors, path, what=what)
         return state
 
     def snapshots(self) -> list[int]:
-        """The steps after which the optimizer's state was kept, 0 (the start) first."""
-        kept = sorted(int(p.stem) for p in (self.path / "snapshots").glob("*.safetensors") if p.stem.isdecimal())
-        return [0, *(s for s in kept if s <= len(self.steps))]
+        """The steps after which the optimizer's state was kept, 0 (the start) first.
+
+        Raises:
+            StoreError: the file of one is missing, unless the run was opened with ``damaged=True``.
+        """
+        found = self.store.found_snapshots()
+        for s in set(self._closed.get("snapshots", ())) - set(found) if self._closed and not self._damaged else ():
+            self.store.check_file(self.store.snapshot_path(s), what=f"the snapshot after step {s}")
+        return [0, *(s for s in found if s <= len(self.steps))]
+
+    def check_files(self, *, progress: bool = True) -> tuple[StoreError, ...]:
+        """Read every file of the run and compare it with its checksums: what is damaged or missing, an error each."""
+        return self.store.check_all(progress=progress)
 
     def restore(
         self,
@@ -608,6 +675,7 @@ def open_run(
     registry: Registry | None = None,
     gradient: GradientFunction | None = None,
     penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
+    damaged: bool = False,
 ) -> Run:
     """Open a recorded run: lazily, read-only, from any process, without running code from the store.
 
@@ -629,9 +697,11 @@ def open_run(
             ``(loss(model(inputs), targets) * weight).backward()``.
         penalty: ``penalty(parameters by name) -> 0-d``, the term of one optimizer step's loss that depends on the
             parameters alone; its share of every update is then a term of its own.
+        damaged: open a run of which files are damaged or missing: whatever is intact can be read, and asking for
+            the rest is an error. By default such a run is refused at once.
 
     Raises:
-        StoreError: no run, another version, truncated, or recorded with another model.
+        StoreError: no run, another version, damaged, or recorded with another model.
 
     Example:
         >>> import explaind_core as explaind
@@ -651,4 +721,5 @@ def open_run(
         registry=registry,
         gradient=gradient,
         penalty=penalty,
+        damaged=damaged,
     )

@@ -1,9 +1,9 @@
-"""The run on disk: append-only, versioned, without pickle.
+"""The run on disk: append-only, versioned, checked at every read, without pickle.
 
 ::
 
     manifest.json               format, version, parameters, buffers, optimizer, rule, loss
-    start.safetensors           theta_0, buffers, frozen parameters, the optimizer's state before step 1
+    start.safetensors           theta_0, buffers, frozen parameters, the optimizer's state before step 1; the manifest
     steps/000/000001.safetensors    one file a step: theta_s, the gradient as fed, changed buffers;
                                 its header holds hyper-parameters, batch references, factors
     snapshots/000100.safetensors    the optimizer's state after step 100
@@ -12,52 +12,39 @@
     closed.json                 written when recording ends in order
 
 Every file is written beside its place and renamed into it, so a reader never sees half a file, and a
-killed training leaves every finished step readable.
+killed training leaves every finished step readable. Every file says which file of which run it is and carries
+checksums of all that it holds (:mod:`explaind_core.tensorfile`, :mod:`explaind_core.sealed`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import json
-import os
-import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
-from torch import Tensor
-
 from explaind_core.errors import StoreError
+from explaind_core.integrity import damages
+from explaind_core.locations import UNFINISHED
+from explaind_core.schema import COUNT, MANIFEST, mismatch
+from explaind_core.storefiles import MANIFEST_NAME, VERSION, StoredFile, StoreFiles
+from explaind_core.tensorfile import Contents
 
 __all__ = ["FORMAT", "VERSION", "RunStore", "StoredFile"]
 
 FORMAT = "explaind-run"
-VERSION = 1
-_HEADER_KEY = "explaind"
-_UNFINISHED = ".unfinished"
+#: Versions that are read; only the newest is written.
+READABLE = (1, 2)
+CLOSED_NAME = "closed.json"
+_HASH = "[0-9a-f]{32}"
 
 
-@dataclass(frozen=True)
-class StoredFile:
-    """What one file holds: ``header`` (JSON) and ``tensors`` by name."""
-
-    header: Any
-    tensors: dict[str, Tensor]
-
-
-class RunStore:
+class RunStore(StoreFiles):
     """Reads and writes the files of one run; knows their layout and nothing of their meaning.
 
     Args:
         path: the run's folder.
+        compress: pack tensors with blosc where that makes them shorter; what is read says itself how it is packed.
     """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
 
     # ------------------------------------------------------------------ layout
     def step_path(self, s: int) -> Path:
@@ -69,7 +56,19 @@ class RunStore:
         return self.path / "snapshots" / f"{s:06d}.safetensors"
 
     def batch_path(self, key: str) -> Path:
-        """Where the batch with this content hash lies."""
+        """Where the batch with this content hash lies.
+
+        Raises:
+            StoreError: it is no hash, and might lead out of the store.
+        """
+        if not re.fullmatch(_HASH, key):
+            raise StoreError(
+                "a batch is named by something that is no content hash",
+                where=self.path,
+                expected="32 hexadecimal digits",
+                got=repr(key[:100]),
+                remedy="do not use this store: it was not written by explaind",
+            )
         return self.path / "batches" / f"{key}.safetensors"
 
     @property
@@ -77,189 +76,155 @@ class RunStore:
         """Where theta_0 and the state before step 1 lie."""
         return self.path / "start.safetensors"
 
-    # ------------------------------------------------------------------ writing
-    def write_tensors(self, path: Path, header: Any, tensors: Mapping[str, Tensor]) -> None:
-        """Write one file, whole or not at all.
+    def _is_step(self, path: Path) -> bool:
+        # The name is compared with the layout: whatever else lies in these folders is passed over.
+        return path.stem.isdecimal() and path == self.step_path(int(path.stem))
 
-        Raises:
-            StoreError: the disk is full or the folder cannot be written; what was there before is intact.
-        """
-        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        self._write(path, safetensors.torch.save(stored, {_HEADER_KEY: json.dumps(header)}))
+    def _remedy(self, path: Path) -> str:
+        """What to do about a file that is damaged or missing."""
+        remedy = super()._remedy(path)
+        before = f"; open_run(..., until={int(path.stem) - 1}) opens the steps before it" if self._is_step(path) else ""
+        return f"{remedy}{before}; open_run(..., damaged=True) opens all that is intact"
 
-    def write_json(self, name: str, value: Any) -> None:
-        """Write a small JSON file, whole or not at all (see :meth:`write_tensors`)."""
-        self._write(self.path / name, (json.dumps(value, indent=1) + "\n").encode())
-
-    def append_line(self, name: str, value: Any) -> None:
-        """Append one JSON line to a log; a torn last line is passed over by :meth:`read_lines`."""
-        try:
-            with (self.path / name).open("ab") as file:
-                file.truncate(self._whole_lines(self.path / name))
-                file.write((json.dumps(value) + "\n").encode())
-        except OSError as error:
-            raise self._write_error(self.path / name, error) from error
-
-    @staticmethod
-    def _whole_lines(path: Path) -> int:
-        """The length of a log without a last line that a kill cut short, behind which nothing must be appended."""
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(size - 1, 0))
-            if file.read() in (b"", b"\n"):
-                return size
-        return path.read_bytes().rfind(b"\n") + 1
-
-    def _write(self, path: Path, content: bytes) -> None:
-        # Not Path.with_suffix: the name must not end like a finished file.
-        temporary = path.parent / (path.name + _UNFINISHED)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(content)
-            temporary.replace(path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise self._write_error(path, error) from error
-
-    def _write_error(self, path: Path, error: OSError) -> StoreError:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        return StoreError(
-            "the disk is full" if full else f"the run store cannot be written: {error.strerror}",
-            where=path,
-            remedy=("free some space" if full else "check the folder's permissions")
-            + f"; the steps recorded so far are intact: explaind.open_run({str(self.path)!r}, ...) reads them",
-        )
-
-    # ------------------------------------------------------------------ reading
     def is_unbegun(self) -> bool:
         """Whether nothing is here but what a kill left of a recording that had not begun: files before the manifest."""
-        known = {self.start_path.name, *(f"{name}{_UNFINISHED}" for name in (self.start_path.name, "manifest.json"))}
+        known = {self.start_path.name, *(f"{name}{UNFINISHED}" for name in (self.start_path.name, MANIFEST_NAME))}
         return all(path.is_file() and path.name in known for path in self.path.iterdir())
 
-    def read_tensors(self, path: Path, *, what: str) -> StoredFile:
-        """Read one file.
-
-        Raises:
-            StoreError: it is missing, truncated or not one of ours.
-        """
-        self.check_file(path, what=what)
-        with safetensors.safe_open(path, framework="pt") as file:
-            names = file.keys()
-            return StoredFile(self._header(path, file.metadata(), what), {n: file.get_tensor(n) for n in names})
-
-    def read_header(self, path: Path, *, what: str) -> Any:
-        """Read only the JSON part of one file (errors as in :meth:`read_tensors`)."""
-        self.check_file(path, what=what)
-        with safetensors.safe_open(path, framework="pt") as file:
-            return self._header(path, file.metadata(), what)
-
-    def read_tensor(self, path: Path, name: str) -> Tensor:
-        """Read one tensor of a file that was checked before."""
-        with safetensors.safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
-
-    def check_file(self, path: Path, *, what: str) -> None:
-        """Check that a file is there and as long as its header says, without reading its tensors.
-
-        Raises:
-            StoreError: it is missing, truncated or not a safetensors file.
-        """
-        remedy = "copy the store again from where it was recorded"
-        try:
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                prefix = file.read(8)
-                length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-                entries = json.loads(file.read(length) if 0 < length < size else "")
-                ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
-        except FileNotFoundError:
-            raise StoreError(f"{what} is missing", where=path, remedy=remedy) from None
-        except (ValueError, AttributeError, LookupError, TypeError):  # no header, or one of something else
-            raise StoreError(
-                f"{what} is truncated or not a safetensors file", where=path, got=f"{size} bytes", remedy=remedy
-            ) from None
-        expected = 8 + length + max(ends, default=0)
-        if size != expected:
-            raise StoreError(
-                f"{what} is truncated", where=path, expected=f"{expected} bytes", got=f"{size} bytes", remedy=remedy
-            )
-
-    @staticmethod
-    def _header(path: Path, metadata: Mapping[str, str] | None, what: str) -> Any:
-        if not metadata or _HEADER_KEY not in metadata:
-            raise StoreError(
-                f"{what} was not written by explaind", where=path, remedy="give the path of a recorded run"
-            )
-        return json.loads(metadata[_HEADER_KEY])
-
-    def read_json(self, name: str) -> Any:
-        """Read a small JSON file, None where there is none."""
-        path = self.path / name
-        if not path.exists():
-            return None
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise StoreError(f"{name} is damaged: {error}", where=path, remedy="copy the store again") from error
-
-    def read_lines(self, name: str) -> list[Any]:
-        """Read a log; a last line that a kill cut short is passed over, any other damage is an error."""
-        path = self.path / name
-        if not path.exists():
-            return []
-        lines = path.read_text(encoding="utf-8").split("\n")
-        entries = []
-        for number, line in enumerate(lines, 1):
-            try:
-                entries += [json.loads(line)] if line else []
-            except ValueError as error:
-                if number == len(lines):  # no newline behind it: cut short while being written
-                    break
-                raise StoreError(f"{name} is damaged: {error}", where=f"{path}, line {number}") from error
-        return entries
-
-    def read_manifest(self) -> dict[str, Any]:
+    # ------------------------------------------------------------------ manifest
+    def read_manifest(self, *, damaged: bool = False) -> dict[str, Any]:
         """Read and check the manifest.
 
+        Args:
+            damaged: where it is damaged or missing, take the copy that the start of the run holds.
+
         Raises:
-            StoreError: there is no run here, or it was written by another version of the format.
+            StoreError: there is no run here, it was written by another version of the format, or it is damaged.
         """
-        manifest = self.read_json("manifest.json")
+        try:
+            manifest = self.read_json(MANIFEST_NAME)
+        except StoreError:
+            if not damaged:
+                raise
+            manifest = None
+        if damaged:
+            manifest = self._likelier(manifest, self._spare_manifest())
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise StoreError(
                 "this is not a recorded run",
-                where=self.path,
+                where=self.path / MANIFEST_NAME if manifest is not None else self.path,
                 expected=f"a folder with a manifest.json of format {FORMAT!r}",
-                got="no manifest.json"
-                if manifest is None
-                else f"format {manifest.get('format') if isinstance(manifest, dict) else manifest!r}",
+                got="no manifest.json" if manifest is None else f"format {manifest.get('format')!r}",
                 remedy="give the path that was passed to explaind.Recorder",
             )
-        if manifest.get("version") != VERSION:
+        version = manifest.get("version")
+        if version not in READABLE:
             raise StoreError(
                 "the run store has another version",
-                where=self.path,
-                expected=f"version {VERSION}",
-                got=f"version {manifest.get('version')}, written by explaind-core {manifest.get('created_with')}",
-                remedy="open it with that release, or record the run again",
+                where=self.path / MANIFEST_NAME,
+                expected=f"a version of {READABLE}",
+                got=f"version {version}, written by explaind-core {manifest.get('created_with')}",
+                remedy="open it with that release of explaind-core, or a later one",
             )
+        words = mismatch(manifest, MANIFEST if version == 1 else {**MANIFEST, "run": str})
+        if words:
+            raise StoreError(
+                f"the manifest is not as it must be: {words}",
+                where=self.path / MANIFEST_NAME,
+                remedy="do not use this store: it was not written by explaind",
+            )
+        self._identity = manifest.get("run", ""), manifest["version"]
         return manifest
 
-    def count_steps(self, *, until: int | None = None) -> int:
-        """The number N of recorded steps; every file of 1..N is checked for truncation.
+    def _spare_manifest(self) -> dict[str, Any] | None:
+        """The manifest that the start of the run holds."""
+        found = self._of_any_run(self.start_path)
+        spare = found.header.get("manifest") if found is not None and isinstance(found.header, dict) else None
+        return spare if isinstance(spare, dict) else None
+
+    def _likelier(self, manifest: dict[str, Any] | None, spare: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Of two manifests the one whose run the steps belong to: one of the two files may be another run's."""
+        if manifest is None or spare is None or manifest.get("run") == spare.get("run"):
+            return manifest or spare
+        first = [self._of_any_run(self.step_path(s)) for s in self.found_steps()[:3]]
+        votes = [[found.run for found in first if found].count(m.get("run")) for m in (manifest, spare)]
+        return spare if votes[1] > votes[0] else manifest
+
+    def _of_any_run(self, path: Path) -> Contents | None:
+        """What a file says of itself, whichever run it belongs to; None where it is damaged."""
+        try:
+            with self._opened(path, path.name, of_any_run=True) as (_, contents):
+                return contents
+        except StoreError:
+            return None
+
+    # ------------------------------------------------------------------ the whole run
+    def close(self, steps: int) -> None:
+        """Write down that recording ended in order, and what there is: what is lost later is known."""
+        lines = self.count_lines("metrics.jsonl")
+        self.write_json(CLOSED_NAME, {"steps": steps, "lines": lines, "snapshots": self.found_snapshots()})
+
+    def closed(self, *, damaged: bool = False) -> dict[str, Any] | None:
+        """What was written when recording ended in order; None where it did not.
+
+        Args:
+            damaged: None, too, where that cannot be read.
+        """
+        try:
+            found = self.read_json(CLOSED_NAME)
+            words = found and mismatch(found, {"steps": COUNT, "lines?": COUNT, "snapshots?": [COUNT]})
+            if words:
+                raise StoreError(f"{CLOSED_NAME} is not as it must be: {words}", where=self.path / CLOSED_NAME)
+        except StoreError:
+            if not damaged:
+                raise
+            return None
+        return found
+
+    def found_steps(self) -> list[int]:
+        """The steps whose files are there, in order.
+
+        Raises:
+            StoreError: one of the store's folders is a link that leads elsewhere.
+        """
+        folders = [self.path / name for name in ("steps", "snapshots", "batches")]
+        folders += sorted(folders[0].iterdir()) if folders[0].is_dir() else []
+        for folder in folders:
+            if folder.is_symlink():
+                raise StoreError(
+                    "a folder of the run store is a symbolic link",
+                    where=folder,
+                    expected="a folder",
+                    remedy="move what it leads to into its place",
+                )
+        return sorted(int(p.stem) for p in folders[0].glob("*/*.safetensors") if self._is_step(p))
+
+    def found_snapshots(self) -> list[int]:
+        """The steps after which the optimizer's state was kept, in order."""
+        found = (int(p.stem) for p in (self.path / "snapshots").glob("*.safetensors") if p.stem.isdecimal())
+        return sorted(s for s in found if self.snapshot_path(s).exists())
+
+    def found_batches(self) -> list[Path]:
+        """The files of batches."""
+        found = (self.path / "batches").glob("*.safetensors")
+        return sorted(p for p in found if re.fullmatch(_HASH, p.stem))
+
+    def count_steps(self, *, until: int | None = None, damaged: bool = False) -> int:
+        """The number N of recorded steps; every file of 1..N is checked for truncation and for a damaged header.
 
         Args:
             until: look at the steps 1..until only.
+            damaged: count them without looking at the files.
 
         Raises:
-            StoreError: a step in the middle is missing or truncated, or steps are missing at the end of a closed run.
+            StoreError: a step in the middle is missing or damaged, or steps are missing at the end of a closed run.
         """
-        found = sorted(int(p.stem) for p in (self.path / "steps").glob("*/*.safetensors") if p.stem.isdecimal())
-        closed = self.read_json("closed.json")
+        found = self.found_steps()
+        closed = self.closed(damaged=damaged)
         recorded = max(found[-1] if found else 0, closed["steps"] if closed else 0)
         total = recorded if until is None else until
+        if damaged:
+            return min(total, recorded)
         present = set(found)
         for s in range(1, total + 1):
             try:
@@ -268,10 +233,14 @@ class RunStore:
                 self.check_file(self.step_path(s), what=f"step {s}")
             except StoreError as error:
                 raise StoreError(
-                    f"the run store is truncated: {error.what}",
+                    f"the run store is damaged: {error.what}",
                     where=error.where,
                     expected=error.expected,
                     got=error.got,
-                    remedy=f"copy the store again, or open the intact steps before it: open_run(..., until={s - 1})",
+                    remedy=self._remedy(self.step_path(s)),
                 ) from error
         return total
+
+    def check_all(self, *, progress: bool = False) -> tuple[StoreError, ...]:
+        """Read every file and compare it with its checksums; what is damaged or missing, an error each."""
+        return tuple(damages(self, progress=progress))

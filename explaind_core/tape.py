@@ -43,7 +43,7 @@ class Tape:
         self.last = last
         self.segment = max(1, segment if segment is not None else math.isqrt(last))
         self._folder = WorkingFolder("tape")
-        self._store = RunStore(self._folder.path)
+        self._store = RunStore(self._folder.path, compress=False)
         self._decomposer = Decomposer(run)
         self._held: list[StepDecomposition] = []
         try:

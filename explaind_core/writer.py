@@ -85,8 +85,7 @@ class RunWriter:
         Raises:
             StoreError: there is something at the path already, or it cannot be written.
         """
-        subject, rule = self._subject, self._subject.rule
-        path = self._store.path
+        subject, path = self._subject, self._store.path
         if path.exists() and not (path.is_dir() and self._store.is_unbegun()):
             if not overwrite:
                 raise StoreError(
@@ -99,37 +98,46 @@ class RunWriter:
             shutil.rmtree(path)
         trained = {name for group in subject.groups() for name in group["params"]}
         theta, buffers = subject.theta(), subject.buffers()
+        manifest = {"run": self._store.begin(), **self._manifest(loss, penalty, train_size, trained)}
         start = {f"theta/{n}": t for n, t in theta.items()} | {f"buffer/{n}": t for n, t in buffers.items()}
         header, tensors = self._state()
         start |= {f"evaluated/{n}": t for n, t in subject.evaluated(theta).items()}
         if self.marks is None:
             self.last, self._buffers = theta, buffers
-        self._store.write_tensors(self._store.start_path, header, start | tensors)
+        # The start holds the manifest, too: it is small, and without it nothing could be read.
+        self._store.write_tensors(self._store.start_path, header | {"manifest": manifest}, start | tensors)
         # The manifest comes last: a folder without one is not a run.
-        self._store.write_json(
-            "manifest.json",
-            {
-                "format": FORMAT,
-                "version": VERSION,
-                "created_with": version("explaind-core"),
-                "torch": torch.__version__,
-                "mode": self.mode,
-                "snapshot_every": self.snapshot_every,
-                "environment": environment(subject.device),
-                "model": qualified_name(type(plain(subject.model))),
-                **subject.described(),
-                "loss": describe_loss(loss),
-                "evaluates_elsewhere": rule.evaluates_elsewhere,
-                "outside": list(rule.outside),
-                "penalty": None if penalty is None else describe_loss(penalty),
-                "train_size": train_size,
-                "parameters": [
-                    {"name": n, "shape": list(p.shape), "dtype": str(p.dtype), "trained": n in trained}
-                    for n, p in subject.parameters.items()
-                ],
-                "buffers": sorted(buffers),
-            },
-        )
+        self._store.write_json("manifest.json", manifest)
+
+    def _manifest(
+        self,
+        loss: Callable[..., Tensor] | None,
+        penalty: Callable[..., Tensor] | None,
+        train_size: int | None,
+        trained: set[str],
+    ) -> dict[str, Any]:
+        subject, rule = self._subject, self._subject.rule
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "created_with": version("explaind-core"),
+            "torch": torch.__version__,
+            "mode": self.mode,
+            "snapshot_every": self.snapshot_every,
+            "environment": environment(subject.device),
+            "model": qualified_name(type(plain(subject.model))),
+            **subject.described(),
+            "loss": describe_loss(loss),
+            "evaluates_elsewhere": rule.evaluates_elsewhere,
+            "outside": list(rule.outside),
+            "penalty": None if penalty is None else describe_loss(penalty),
+            "train_size": train_size,
+            "parameters": [
+                {"name": n, "shape": list(p.shape), "dtype": str(p.dtype), "trained": n in trained}
+                for n, p in subject.parameters.items()
+            ],
+            "buffers": sorted(subject.buffers()),
+        }
 
     def resume(self) -> None:
         """Stand behind the last step of the run that is there.
@@ -141,6 +149,7 @@ class RunWriter:
         from explaind_core.run import open_run  # reading is the next stage; only resuming needs it here
 
         run = open_run(self._store.path, model=subject.model)
+        self._store.check_writable(self._store.path)
         trained_by, given = run.manifest["optimizer"], subject.described()["optimizer"]
         if trained_by != given:
             raise RecordingError(
@@ -162,8 +171,8 @@ class RunWriter:
         self.threads = run.manifest.get("environment", {}).get("threads", self.threads)
         self._ever_trained = {n for s in run.steps for group in run.step_header(s)["groups"] for n in group["params"]}
         self._stand_behind(run)
-        (self._store.path / "closed.json").unlink(missing_ok=True)
         self._snapshot(None)
+        (self._store.path / "closed.json").unlink(missing_ok=True)
 
     def _stand_behind(self, run: Run) -> None:
         """Compare where the model stands with where the run ended."""
@@ -255,6 +264,7 @@ class RunWriter:
             header["clips"] = seen.clips
         if seen.stepped:
             header["stepped"] = seen.stepped
+        header["lines"] = self._store.count_lines("metrics.jsonl")
         if seen.evaluations:
             header["closure_losses"] = [evaluation.loss for evaluation in seen.evaluations]
         self._store.write_tensors(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import explaind_core as explaind
-from explaind_core import errors
+from explaind_core import errors, locations
 from explaind_core.plugins import Registry
 
 
@@ -216,12 +216,10 @@ def test_overwrite_never_deletes_what_is_not_a_run(tmp_path):
 
 
 def test_a_full_disk_loses_nothing(loop, monkeypatch):
-    from pathlib import Path
-
-    def full(self, data):
+    def full(path, parts):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(locations, "write", full)
     with pytest.raises(errors.StoreError, match=r"the disk is full[\s\S]*free some space; [\s\S]* are intact"):
         loop.step()
     monkeypatch.undo()

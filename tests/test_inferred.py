@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from explaind_optimizers import MuonRule
@@ -161,9 +159,8 @@ def test_bad_arguments_are_refused(arguments):
 
 def test_a_manifest_with_foreign_settings_is_refused(tmp_path):
     run = trained(steps=2)
-    manifest = json.loads((run.path / "manifest.json").read_text())
-    manifest["rule"]["settings"] = {"momentum": 0.9, "command": "rm"}
-    (run.path / "manifest.json").write_text(json.dumps(manifest))
+    run.manifest["rule"]["settings"] = {"momentum": 0.9, "command": "rm"}
+    run.store.write_json("manifest.json", run.manifest)
     with pytest.raises(StoreError, match="settings"):
         explaind.open_run(run.path)
 

@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import explaind_core as explaind
-from explaind_core import appending
+from explaind_core import appending, locations
 from explaind_core.errors import QuestionError, StoreError
 from explaind_core.run import Run
 from explaind_core.temporary import WorkingFolder
@@ -365,7 +365,7 @@ def test_a_full_disk_for_temporary_files_is_told(temporary, monkeypatch, kind):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if kind == "tape":
-        monkeypatch.setattr(Path, "write_bytes", full)
+        monkeypatch.setattr(locations, "write", full)
         question = lambda: ask(None, "samples")  # noqa: E731
     else:
         monkeypatch.setattr(os, "posix_fallocate", full)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import explaind_core as explaind
-from explaind_core import errors, trees
+from explaind_core import errors, locations, trees
 from explaind_core.store import RunStore
 from explaind_core.testing import record_example
 
@@ -140,9 +140,14 @@ def test_a_log_that_is_nothing_but_a_torn_line(tmp_path):
 
 
 def test_a_log_damaged_in_the_middle_is_refused_with_its_line(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"a": 1}\n{"a"\n{"a": 3}\n')
-    with pytest.raises(errors.StoreError, match=r"log.jsonl is damaged[\s\S]*line 2"):
-        RunStore(tmp_path).read_lines("log.jsonl")
+    store, path = RunStore(tmp_path), tmp_path / "log.jsonl"
+    for value in (1, 2, 3):
+        store.append_line("log.jsonl", {"a": value})
+    first, second, third = path.read_bytes().splitlines(keepends=True)
+    for damaged in (first + b'{"a"\n' + third, first + third, first + third + second, first + first + third):
+        path.write_bytes(damaged)
+        with pytest.raises(errors.StoreError, match=r"log.jsonl is damaged[\s\S]*line 2"):
+            store.read_lines("log.jsonl")
 
 
 def test_no_log_is_an_empty_log(tmp_path):
@@ -154,12 +159,11 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     store, path = RunStore(tmp_path), tmp_path / "x.safetensors"
     store.write_tensors(path, {"n": 1}, {"t": torch.ones(2)})
 
-    def half(self, content):
-        with self.open("wb") as file:
-            file.write(content[:10])
+    def half(path, parts):
+        path.write_bytes(parts[0][:10])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(type(path), "write_bytes", half)
+    monkeypatch.setattr(locations, "write", half)
     with pytest.raises(errors.StoreError, match=r"the disk is full[\s\S]*x.safetensors[\s\S]*intact"):
         store.write_tensors(path, {"n": 2}, {"t": torch.zeros(2)})
     monkeypatch.undo()

@@ -1,0 +1,71 @@
+"""Bytes as compressed chunks: blosc, which sorts the bits of numbers by their place and packs them with LZ4.
+
+Measured on float32 parameters and gradients (``benchmarks/compression.py``): about 1.4 GB/s a core to pack, 3 GB/s to
+unpack; parameters take 87 % of their size, gradients 72 %. Zstandard gains another 1 % to 3 % at a tenth of the speed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numcodecs import blosc  # type: ignore[import-untyped]
+
+__all__ = ["pack", "unpack"]
+
+_CODEC, _LEVEL = b"lz4", 5
+#: Blosc takes 2 GiB at most; smaller chunks bound what is held beside the tensor itself.
+_CHUNK = 1 << 26
+#: What is smaller is not worth a chunk's header of 16 bytes.
+_SMALLEST = 256
+_HEADER = 16
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+def pack(data: Bytes, itemsize: int) -> bytes | None:
+    """Compress, or None where that would not be shorter.
+
+    Args:
+        data: bytes ``[n]``, contiguous. itemsize: of the numbers that they are.
+
+    Example:
+        >>> len(pack(np.zeros(4000, dtype=np.uint8), 4)) < 100, pack(np.zeros(4, dtype=np.uint8), 4)
+        (True, None)
+    """
+    if data.nbytes < _SMALLEST:
+        return None
+    numbers = data.view(f"u{itemsize}") if itemsize in (1, 2, 4, 8) else data
+    step = _CHUNK // numbers.itemsize
+    chunks = [
+        blosc.compress(numbers[start : start + step], _CODEC, _LEVEL, blosc.BITSHUFFLE)
+        for start in range(0, len(numbers), step)
+    ]
+    return b"".join(chunks) if sum(map(len, chunks)) < data.nbytes else None
+
+
+def unpack(packed: memoryview, size: int) -> Bytes:
+    """Decompress what :func:`pack` made of ``size`` bytes.
+
+    Raises:
+        ValueError: it is something else. All lengths are compared before memory is asked for.
+
+    Example:
+        >>> unpack(memoryview(pack(np.full(4000, 7, dtype=np.uint8), 4)), 4000).sum()
+        np.uint64(28000)
+    """
+    chunks, position, filled = [], 0, 0
+    while position < len(packed):
+        head = bytes(packed[position : position + _HEADER])
+        plain, taken = (int.from_bytes(head[at : at + 4], "little") for at in (4, 12))
+        chunk = packed[position : position + taken]
+        if head[:1] != b"\x02" or taken <= _HEADER or len(chunk) != taken or not 0 < plain <= _CHUNK:
+            raise ValueError("it is no sequence of chunks of blosc")
+        chunks.append((chunk, filled, filled + plain))
+        position, filled = position + taken, filled + plain
+    if filled != size:
+        raise ValueError(f"there are {filled} bytes where {size} were declared")
+    out = np.empty(size, dtype=np.uint8)
+    for chunk, begin, end in chunks:
+        blosc.decompress(chunk, out[begin:end])
+    return out
