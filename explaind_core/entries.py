@@ -117,6 +117,8 @@ class EntryFeatures:
     def _gradients(self, split: StepDecomposition) -> dict[str, Tensor]:
         """Every entry's share of the gradient that one step was fed: ``[entries, *shape]``."""
         names = list(split.updates) if FLAT in split.coefficients else [n for n in self.names if n in split.updates]
+        if not names:  # another optimizer's turn
+            return {}
         like = {n: split.theta[n] for n in names}
         fed = {n: self._zeros(n, t) for n, t in like.items()}
         train, asked = self.question.train, split.step in self.steps

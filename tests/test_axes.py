@@ -177,6 +177,13 @@ def test_every_subset_of_the_axes_sums_the_others(case, restricted):
         ask(case, question, keep)
 
 
+@pytest.mark.parametrize("strategy", ["features", "adjoint"])
+@pytest.mark.parametrize("case", [("sgd+adam", "taking turns"), ("sgd+adam", "taking turns, used")], ids="-".join)
+def test_steps_may_feed_none_of_the_parameters_asked_for(case, strategy):
+    for keep in (("train",), ("gradient_step", "train", "parameter"), ("step",)):
+        ask(case, EVERYTHING | {"layers": "parts", "train": [4, 0, 3]}, keep, strategy=strategy)
+
+
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_every_training_is_answered_on_all_axes_and_by_training_sample(case):
     for keep in (AXES, ("train", "test", "output"), ("gradient_step", "parameter"), ("step", "train")):
