@@ -101,7 +101,13 @@ class SampleGradients:
         return dict(self._summed("total", torch.ones(len(self.ids))))
 
     def fit(
-        self, recorded: Mapping[str, Tensor], *, step: int, factor: float = 1.0, limit: float | None = None
+        self,
+        recorded: Mapping[str, Tensor],
+        *,
+        step: int,
+        factor: float = 1.0,
+        limit: float | None = None,
+        names: Sequence[str] | None = None,
     ) -> float:
         """The factor c with ``recorded = c * total``: a clip coefficient, 1 for most runs.
 
@@ -110,12 +116,14 @@ class SampleGradients:
             step: for the error. factor: what c is declared to be (:meth:`explaind_core.Run.gradient_factor`). It
                 counts only where gradients cancel so far that c cannot be told from them.
             limit: the largest entry of ``recorded``, where single entries were clipped.
+            names: the parameters to look at, all by default.
 
         Raises:
             RecordingError: no factor makes the recorded gradient that of the declared samples, to 1e-9 of each
                 tensor's norm in float64, 1e-3 in float32, and the rounding of the sum.
         """
-        return fit_factor(recorded, self.total(), self._rounding, step=step, declared=factor, limit=limit)
+        total = {n: t for n, t in self.total().items() if names is None or n in names}
+        return fit_factor(recorded, total, self._rounding, step=step, declared=factor, limit=limit)
 
     def nearest(self, recorded: Mapping[str, Tensor], *, factor: float = 1.0, limit: float | None = None) -> float:
         """As :meth:`fit`, by least squares alone, whether the factor fits or not."""

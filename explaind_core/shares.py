@@ -2,8 +2,9 @@ r"""The gradient that a step was fed, as the shares of its samples and what is l
 
     fed = sum_k  M * g_k  +  rest
 
-M is one number, the clip coefficient (1 for most runs), or, where single entries were clipped, one number an entry,
-``clamp(c g) / g``: a frozen diagonal operator in front of the filter. ``rest`` is what the samples' gradients do not
+M is one number, the clip coefficient (1 for most runs; one for each of several optimizers that were clipped apart), or,
+where single entries were clipped, one number an entry, ``clamp(c g) / g``: a frozen diagonal operator in front of the
+filter. ``rest`` is what the samples' gradients do not
 explain: rounding, as a rule. More than that is refused, or carried as a term of its own where that was asked for.
 """
 
@@ -11,14 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from explaind_core.decompose import StepDecomposition
 from explaind_core.errors import ExplaindError, RecordingError
+from explaind_core.joint import OWNER
 from explaind_core.question import Question
 from explaind_core.recorded import to_dense
+from explaind_core.run import Run
 from explaind_core.sample_gradients import SampleGradients
 
 __all__ = ["Shares", "samples_of"]
@@ -91,7 +95,7 @@ def samples_of(question: Question, split: StepDecomposition, names: list[str]) -
         model = run.model_in(mode)
         try:
             samples = SampleGradients(model, run.loss, batch, split.taken_at, buffers, names, loss_in_autocast=inside)
-            scale = samples.fit(recorded, step=split.step, factor=declared, limit=limit)
+            scales = _fitted(run, samples, recorded, names, step=split.step, factor=declared, limit=limit)
         except RecordingError as error:
             first = first or error
             continue
@@ -103,7 +107,7 @@ def samples_of(question: Question, split: StepDecomposition, names: list[str]) -
             )
             continue
         run.trains_in_training_mode = mode
-        return _shares(question, samples, scale, limit, recorded, names)
+        return _shares(question, samples, scales, limit, recorded, names)
     assert first is not None
     if not question.carries:
         raise first
@@ -111,25 +115,45 @@ def samples_of(question: Question, split: StepDecomposition, names: list[str]) -
     samples = SampleGradients(
         run.model_in(mode), run.loss, batch, split.taken_at, buffers, names, loss_in_autocast=inside
     )
-    return _shares(question, samples, samples.nearest(recorded, limit=limit), limit, recorded, names)
+    nearest = dict.fromkeys(names, samples.nearest(recorded, limit=limit))
+    return _shares(question, samples, nearest, limit, recorded, names)
+
+
+def _fitted(
+    run: Run, samples: SampleGradients, recorded: Mapping[str, Tensor], names: Sequence[str], *, step: int, **told: Any
+) -> dict[str, float]:
+    """Each parameter's factor: one for all, or one for those of each optimizer, where these were clipped apart."""
+    try:
+        return dict.fromkeys(names, samples.fit(recorded, step=step, **told))
+    except RecordingError:
+        if len(run.optimizers) == 1:
+            raise
+        owners = {name: group[OWNER] for group in run.groups(step) for name in group["params"]}
+        found: dict[str, float] = {}
+        for member in range(len(run.optimizers)):
+            own = [name for name in names if owners.get(name, member) == member]
+            found |= dict.fromkeys(own, samples.fit(recorded, step=step, names=own, **told) if own else 1.0)
+        return found
 
 
 def _shares(
     question: Question,
     samples: SampleGradients,
-    scale: float,
+    scales: Mapping[str, float],
     limit: float | None,
     recorded: Mapping[str, Tensor],
     names: Sequence[str],
 ) -> Shares:
-    smallest, largest = question.facts.get("gradient_factor", (scale, scale))
-    question.facts["gradient_factor"] = [min(smallest, scale), max(largest, scale)]
+    found = [*question.facts.get("gradient_factor", []), *scales.values()]
+    question.facts["gradient_factor"] = [min(found), max(found)]
     total = samples.total()
-    factors = {n: torch.tensor(scale, dtype=torch.float64) for n in names}
+    factors = {n: torch.tensor(scales[n], dtype=torch.float64) for n in names}
     if limit is not None:
-        clipped = {n: (scale * total[n].double()).abs() > limit for n in names}
+        clipped = {n: (scales[n] * total[n].double()).abs() > limit for n in names}
         factors = {
-            n: torch.where(clipped[n], limit / total[n].double().abs(), scale) if bool(clipped[n].any()) else factors[n]
+            n: torch.where(clipped[n], limit / total[n].double().abs(), scales[n])
+            if bool(clipped[n].any())
+            else factors[n]
             for n in names
         }
         question.facts["entries_clipped"] = question.facts.get("entries_clipped", 0) + sum(
@@ -143,6 +167,6 @@ def _shares(
         rest = [to_dense(recorded[n]).double().cpu() - factors[n] * total[n].double().cpu() for n in recorded]
         size = sum(float(r.square().sum()) for r in rest) ** 0.5
         fed = sum(float(to_dense(g).double().square().sum()) for g in recorded.values()) ** 0.5
-        known = question.facts.get("unattributed_gradient", 0.0)
-        question.facts["unattributed_gradient"] = max(known, size / fed if fed else 0.0)
+        largest = question.facts.get("unattributed_gradient", 0.0)
+        question.facts["unattributed_gradient"] = max(largest, size / fed if fed else 0.0)
     return Shares(samples, factors)

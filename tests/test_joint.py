@@ -309,7 +309,7 @@ def test_a_gradient_that_is_zero_was_taken_anywhere(path, joint):
 
 
 def test_clipping_between_the_steps_of_a_round(path, joint):
-    with explaind.Recorder(path, joint.model, joint.optimizers) as recorder:
+    with explaind.Recorder(path, joint.model, joint.optimizers, joint.loss) as recorder:
         for s in (1, 2):
             joint.zero_grad()
             joint.backward(s)
@@ -320,6 +320,33 @@ def test_clipping_between_the_steps_of_a_round(path, joint):
     run = opened(path, joint)
     assert [run.stepped(s) for s in run.steps] == [(0, 1), (0, 1)]
     closes(run)
+    # Each optimizer's part of the gradient was multiplied by a factor of its own.
+    whole = explaind.attribute(run, joint.inputs, keep=("step",), nodes=2, progress=False)
+    for keep in (("step", "train"), ("step", "parameter", "train")):
+        split = explaind.attribute(run, joint.inputs, keep=keep, nodes=2, progress=False)
+        total = split.kernel.sum([axis for axis in keep if axis != "step"])
+        assert float(abs(total - whole.kernel).max()) < 1e-12 * float(abs(whole.kernel).max())
+        smallest, largest = split.attrs["gradient_factor"]
+        assert smallest < 0.9 * largest < 0.9
+
+
+def test_a_batch_that_no_clipping_explains_is_refused(path, joint):
+    with explaind.Recorder(path, joint.model, joint.optimizers, joint.loss) as recorder:
+        joint.zero_grad()
+        joint.backward(1)
+        joint.declare(recorder, 2)  # another one
+        for optimizer in joint.optimizers:
+            optimizer.step()
+    with pytest.raises(errors.RecordingError, match="not that of its declared samples"):
+        explaind.attribute(opened(path, joint), joint.inputs, keep=("train",), progress=False)
+
+
+def test_a_second_step_on_the_same_gradient_is_refused(path, joint):
+    with explaind.Recorder(path, joint.model, joint.optimizers) as recorder:
+        joint.train(recorder, [(0,)])
+        with pytest.raises(errors.RecordingError, match=r"not taken where this step begins[\s\S]*step 2"):
+            joint.optimizers[0].step()
+    assert [opened(path, joint).stepped(1)] == [(0,)]
 
 
 def test_gradient_factors_are_of_their_own_round(path, joint):
