@@ -1,6 +1,7 @@
-"""What recording costs: the demo's training with a Recorder, divided by the same training without one.
+"""What recording costs in each mode: the demo's training with a Recorder, beside the same training without one.
 
-Both trainings start alike and take turns, some steps at a time, so that a noisy machine slows both.
+All trainings start alike and take turns, some steps at a time, so that a noisy machine slows all of them. Bytes are those
+of the steps and snapshots, over the size of the parameters: 1.0 is one copy of them a step.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from explaind_studies.modular_addition import ModularTransformer, modular_addition
@@ -16,14 +18,17 @@ from torch import nn
 
 import explaind_core as explaind
 
+MODES = ("plain", "steps", "parameters", "snapshots")
 
-def training(path: str | None, evaluate: bool) -> Iterator[None]:
-    """The demo's training loop, one step an item; recorded if ``path`` is given."""
+
+def training(path: str, mode: str, evaluate: bool, every: int) -> Iterator[int]:
+    """The demo's training loop, one step an item (the number of its parameters); recorded unless ``mode`` is plain."""
     task = modular_addition()
     torch.manual_seed(0)
     model, loss = ModularTransformer(task.vocabulary), nn.NLLLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=4.0, betas=(0.9, 0.98))
-    recorder = explaind.Recorder(path, model, optimizer, loss) if path else None
+    options = {"mode": mode, "snapshot_every": every}
+    recorder = explaind.Recorder(path, model, optimizer, loss, **options) if mode != "plain" else None
     ids = torch.arange(len(task.train_inputs))
     while True:
         if evaluate:  # the demo looks at both accuracies before every step
@@ -34,28 +39,37 @@ def training(path: str | None, evaluate: bool) -> Iterator[None]:
         if recorder:
             recorder.batch(task.train_inputs, task.train_targets, ids=ids)
         optimizer.step()
-        yield
+        yield sum(p.numel() for p in model.parameters())
 
 
-def main(rounds: int = 30, steps: int = 10) -> None:
-    """Print both ratios."""
+def written(path: str) -> int:
+    """The bytes of all steps and snapshots."""
+    return sum(p.stat().st_size for part in ("steps", "snapshots") for p in Path(path, part).rglob("*.safetensors"))
+
+
+def main(rounds: int = 20, steps: int = 10, every: int = 50) -> None:
+    """Print the seconds and the bytes of a step in each mode."""
     for evaluate in (False, True):
         with tempfile.TemporaryDirectory() as folder:
-            loops = {"plain": training(None, evaluate), "recorded": training(f"{folder}/run", evaluate)}
-            seconds = dict.fromkeys(loops, 0.0)
+            loops = {mode: training(f"{folder}/{mode}", mode, evaluate, every) for mode in MODES}
+            seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+            size = 0
             for turn in range(rounds + 1):
-                for name, loop in loops.items():
+                for mode, loop in loops.items():
                     start = time.perf_counter()
                     for _ in range(steps):
-                        next(loop)
+                        size = next(loop)
                     if turn:  # the first is for warming up
-                        seconds[name] += time.perf_counter() - start
-        per_step = {name: 1e3 * total / rounds / steps for name, total in seconds.items()}
-        kind = "the demo's loop (accuracies before every step)" if evaluate else "forward, backward, step only"
-        print(
-            f"{kind}: {per_step['plain']:.1f} ms a step, recorded {per_step['recorded']:.1f} ms: "
-            f"ratio {per_step['recorded'] / per_step['plain']:.3f}"
-        )
+                        seconds[mode].append((time.perf_counter() - start) / steps)
+            print("the demo's loop (accuracies before every step)" if evaluate else "forward, backward, step only")
+            for mode in MODES:
+                mean = sum(seconds[mode]) / rounds
+                ratios = sorted(a / b for a, b in zip(seconds[mode], seconds["plain"], strict=True))
+                line = f"  {mode:<11} {1e3 * mean:6.1f} ms a step, ratio of totals "
+                line += f"{mean * rounds / sum(seconds['plain']):.3f}, median of turns {ratios[rounds // 2]:.3f}"
+                if mode != "plain":
+                    line += f", {written(f'{folder}/{mode}') / ((rounds + 1) * steps) / (4 * size):.3f} x 4 bytes x parameters"
+                print(line)
 
 
 if __name__ == "__main__":

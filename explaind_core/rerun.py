@@ -201,7 +201,7 @@ class Rerun:
         then = self._run.manifest["environment"] | count
         now = environment(next(self._model.parameters()).device) | count
         raise StoreError(
-            f"computed again, step {s} does not come out as it was recorded: {what} differs",
+            f"computed again, step {s} does not come out as it was recorded, in {what}",
             where=f"{self._run.path}, step {s}",
             expected="the same bits as in training",
             got=f"others, with {count['threads']} threads as then; what differs: {differences(then, now)}",
