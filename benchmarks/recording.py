@@ -1,7 +1,7 @@
 """What recording costs in each mode: the demo's training with a Recorder, beside the same training without one.
 
-All trainings start alike and take turns, some steps at a time, so that a noisy machine slows all of them. Bytes are those
-of the steps and snapshots, over the size of the parameters: 1.0 is one copy of them a step.
+All trainings start alike and take turns, some steps at a time, so that a noisy machine slows all of them. Bytes are
+those of the steps and snapshots, over the size of the parameters: 1.0 is one copy of them a step.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def main(rounds: int = 20, steps: int = 10, every: int = 50) -> None:
                 line = f"  {mode:<11} {1e3 * mean:6.1f} ms a step, ratio of totals "
                 line += f"{mean * rounds / sum(seconds['plain']):.3f}, median of turns {ratios[rounds // 2]:.3f}"
                 if mode != "plain":
-                    line += f", {written(f'{folder}/{mode}') / ((rounds + 1) * steps) / (4 * size):.3f} x 4 bytes x parameters"
+                    copies = written(f"{folder}/{mode}") / ((rounds + 1) * steps) / (4 * size)
+                    line += f", {copies:.3f} x 4 bytes x parameters"
                 print(line)
 
 

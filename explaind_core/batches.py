@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from hashlib import blake2b
 from typing import Any
 
 import torch
 from torch import Tensor
+from xxhash import xxh3_128
 
 from explaind_core import trees
 from explaind_core.errors import RecordingError
@@ -160,7 +160,7 @@ def copied(tensor: Tensor) -> Tensor:
 
 
 def _content_hash(structure: Any, tensors: Mapping[str, Tensor]) -> str:
-    digest = blake2b(repr(structure).encode(), digest_size=16)
+    digest = xxh3_128(repr(structure).encode())
     for key, tensor in tensors.items():
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")

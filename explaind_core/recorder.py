@@ -202,6 +202,7 @@ class Recorder:
         """
         if self._rounds is not None:
             self._rounds.end()
+        self._writer.queue.check()
         self._batches.keeps = self._early is not None and self._early.due(self.steps + 1)
         self._batches.declare(inputs, targets, ids, weight, self.steps + 1, self._watch.take(), scale)
 
@@ -312,7 +313,16 @@ class Recorder:
         self._detach()
         if self._rounds is not None:
             self._rounds.end()
+        self._writer.queue.close()
         self._store.close(self.steps)
+
+    def flush(self) -> None:
+        """Wait until every finished step can be read: files are written while training goes on.
+
+        Raises:
+            StoreError: one could not be written.
+        """
+        self._writer.queue.flush()
 
     def __enter__(self) -> Self:
         return self
@@ -327,6 +337,8 @@ class Recorder:
             if self._rounds is not None:
                 with suppress(ExplaindError):  # of two errors, the first one is to be seen
                     self._rounds.end()
+            with suppress(ExplaindError):
+                self._writer.queue.close()
 
     def _detach(self) -> None:
         self._watch.close()

@@ -23,6 +23,7 @@ from explaind_core.joint import JOINED_BY, OWNER, JointRule, each_optimizer, eac
 from explaind_core.losses import LossFunction, rebuild_loss
 from explaind_core.plain import plain_copy, plain_name
 from explaind_core.plugins import Registry, default_registry
+from explaind_core.queued import settle
 from explaind_core.schema import COUNT, STEP, mismatch
 from explaind_core.store import RunStore, StoredFile
 from explaind_core.tensorfile import DTYPES
@@ -119,6 +120,7 @@ class Run:
         damaged: bool = False,
     ) -> None:
         self.penalty = penalty
+        settle(path)
         self.store = RunStore(path)
         self.manifest = self.store.read_manifest(damaged=damaged)
         self.rule = self._rule(rule)

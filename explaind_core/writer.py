@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from explaind_core.iterations import Evaluation
 from explaind_core.losses import describe_loss
 from explaind_core.marks import Marks
 from explaind_core.plain import plain
+from explaind_core.queued import WriteQueue
 from explaind_core.store import FORMAT, VERSION, RunStore
 from explaind_core.subject import Subject
 
@@ -57,13 +59,15 @@ class RunWriter:
         mode: what is written of a step: see :class:`explaind_core.Recorder`.
 
     Attributes:
-        steps: how many are finished. threads: torch's, when the run was begun.
+        steps: how many are finished. queue: the files of these that are not written yet.
+        threads: torch's, when the run was begun.
         last: the parameters that the last one left, where they are written at every step.
     """
 
     def __init__(self, store: RunStore, subject: Subject, snapshot_every: int, mode: str = "steps") -> None:
         self._store, self._subject, self.snapshot_every, self.mode = store, subject, snapshot_every, mode
         self.steps, self.threads = 0, torch.get_num_threads()
+        self.queue = WriteQueue(store.path)
         self.marks = Marks(subject) if mode == "snapshots" else None
         self.last: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
@@ -267,9 +271,12 @@ class RunWriter:
         header["lines"] = self._store.count_lines("metrics.jsonl")
         if seen.evaluations:
             header["closure_losses"] = [evaluation.loss for evaluation in seen.evaluations]
-        self._store.write_tensors(
-            self._store.step_path(s), header, tensors | {f"group/{k}": t for k, t in group_tensors.items()}
-        )
+        tensors |= {f"group/{k}": t for k, t in group_tensors.items()}
+        self._behind(self._store.step_path(s), header, tensors)
+
+    def _behind(self, path: Path, header: Any, tensors: Mapping[str, Tensor]) -> None:
+        """Write a file while training goes on; all of its tensors are copies."""
+        self.queue.put(lambda: self._store.write_tensors(path, header, tensors))
 
     def _position(self, theta: Mapping[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
         """What tells where the model stands after the coming step."""
@@ -301,7 +308,8 @@ class RunWriter:
             tensors |= {f"theta/{n}": t for n, t in theta.items()}
             tensors |= {f"buffer/{n}": b for n, b in subject.buffers().items()}
             tensors |= {f"evaluated/{n}": t for n, t in subject.evaluated(theta).items()}
-        self._store.write_tensors(self._store.snapshot_path(self.steps), header, tensors)
+        tensors = {n: t if n.startswith(("theta/", "buffer/", "evaluated/")) else copied(t) for n, t in tensors.items()}
+        self._behind(self._store.snapshot_path(self.steps), header, tensors)
 
 
 def _gradients(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:

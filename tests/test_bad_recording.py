@@ -219,9 +219,11 @@ def test_a_full_disk_loses_nothing(loop, monkeypatch):
     def full(path, parts):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    loop.recorder.flush()
     monkeypatch.setattr(locations, "write", full)
+    loop.step()
     with pytest.raises(errors.StoreError, match=r"the disk is full[\s\S]*free some space; [\s\S]* are intact"):
-        loop.step()
+        loop.recorder.flush()
     monkeypatch.undo()
     assert loop.readable() == 1
 
@@ -234,6 +236,7 @@ from test_bad_recording import Loop
 loop = Loop({str(tmp_path / "run")!r})
 for _ in range(5):
     loop.step()
+loop.recorder.flush()
 loop.backward()
 loop.recorder.batch(loop.inputs, loop.targets, ids=range(6))
 os.kill(os.getpid(), signal.SIGKILL)

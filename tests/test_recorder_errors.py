@@ -194,12 +194,15 @@ def test_after_a_full_disk_the_gap_is_noticed(path, recorder, loop, monkeypatch)
             raise errors.StoreError("the disk is full")
         write(self, at, content)
 
+    recorder.flush()
     monkeypatch.setattr(RunStore, "_write", full)
     with pytest.raises(errors.StoreError, match="the disk is full"):
-        loop.steps(recorder, 2, 2)
+        loop.steps(recorder, 2, 9)  # it is noticed when another step is made, at the latest when three are waiting
     monkeypatch.undo()
-    with pytest.raises(errors.RecordingError, match=r"changed outside optimizer.step\(\)"):
-        loop.steps(recorder, 3, 3)
+    with pytest.raises(errors.StoreError, match="the disk is full"):
+        loop.steps(recorder, 10, 10)
+    with pytest.raises(errors.StoreError, match="the disk is full"):
+        recorder.close()
     assert len(explaind.open_run(path, model=loop.model).steps) == 1
 
 

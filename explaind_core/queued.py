@@ -1,0 +1,99 @@
+"""Files written behind the back of the training loop, in order, and at most a few at a time."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from weakref import WeakSet
+
+__all__ = ["WAITING", "WriteQueue", "settle"]
+
+#: Steps that may wait to be written: each holds its parameters and gradients in memory.
+WAITING = 2
+
+
+class WriteQueue:
+    """Runs the writes of one run, one after the other, in a thread of their own.
+
+    After a write that failed no other one is run, so that no gap appears, and every later call raises its error.
+    Whatever is queued is written before the interpreter ends, unless it is killed.
+
+    Args:
+        path: of the run.
+
+    Example:
+        >>> done, queue = [], WriteQueue("runs/example")
+        >>> for k in range(5):
+        ...     queue.put(lambda k=k: done.append(k))
+        >>> queue.flush()
+        >>> done
+        [0, 1, 2, 3, 4]
+        >>> queue.close()
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.path.abspath(path)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="explaind-writer")
+        self._pending: deque[Future[None]] = deque()
+        self._error: BaseException | None = None
+        _OPEN.add(self)
+
+    def put(self, write: Callable[[], object]) -> None:
+        """Queue a write; waits while :data:`WAITING` others do.
+
+        Raises:
+            StoreError: an earlier write failed.
+        """
+        self.check()
+        while len(self._pending) > WAITING:  # one of them is being written
+            self._pending.popleft().result()
+        self.check()
+        self._pending.append(self._thread.submit(self._run, write))
+
+    def check(self) -> None:
+        """Raise what a write raised; waits for nothing.
+
+        Raises:
+            StoreError: a write failed.
+        """
+        while self._pending and self._pending[0].done():
+            self._pending.popleft()
+        if self._error is not None:
+            raise self._error
+
+    def flush(self) -> None:
+        """Wait until everything is written.
+
+        Raises:
+            StoreError: a write failed.
+        """
+        wait(list(self._pending))
+        self.check()
+
+    def close(self) -> None:
+        """Flush, and end the thread."""
+        self._thread.shutdown()
+        self.check()
+
+    def _run(self, write: Callable[[], object]) -> None:
+        if self._error is None:
+            try:
+                write()
+            except BaseException as error:
+                self._error = error
+
+
+_OPEN: WeakSet[WriteQueue] = WeakSet()
+
+
+def settle(path: str | os.PathLike[str]) -> None:
+    """Wait until what this process has queued for the run at ``path`` is written: who reads it sees every step.
+
+    Example:
+        >>> settle("runs/example")
+    """
+    here = os.path.abspath(path)
+    for queue in [queue for queue in _OPEN if queue.path == here]:
+        wait(list(queue._pending))
