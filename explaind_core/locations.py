@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["UNFINISHED", "NotPlainError", "opened", "read_bytes", "replace", "write"]
+__all__ = ["UNFINISHED", "NotPlainError", "append", "opened", "read_bytes", "replace", "write"]
 
 # Where a platform lacks a flag it has nothing to be guarded against.
 _READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -52,6 +52,14 @@ def write(path: Path, parts: Iterable[Any]) -> None:
     """Write buffers into a file, one after the other."""
     with path.open("wb") as file:
         file.writelines(parts)
+
+
+def append(path: Path, size: int, content: bytes) -> int:
+    """Write behind the first ``size`` bytes of a file; returns how long it is then."""
+    with path.open("ab") as file:
+        file.truncate(size)
+        file.write(content)
+        return file.tell()
 
 
 def replace(path: Path, parts: Iterable[Any]) -> None:

@@ -155,11 +155,15 @@ class Recorder:
         self._factor = 1.0
         self._clips: list[list[Any]] = []
         self._pending: _Pending | None = None
-        self.skipped = 0
-        if resume:
-            self._writer.resume()
-        else:
-            self._writer.start(loss, train_size, overwrite=overwrite, penalty=penalty)
+        self.skipped, self._stopped = 0, False
+        try:
+            if resume:
+                self._writer.resume()
+            else:
+                self._writer.start(loss, train_size, overwrite=overwrite, penalty=penalty)
+        except BaseException:  # what refuses the run must not keep others from it
+            self._store.unlock()
+            raise
         self._threads = self._writer.threads
         iterates = self._subject.rule.iterations({}) is not None
         parameters = self._subject.parameters
@@ -311,10 +315,27 @@ class Recorder:
     def close(self) -> None:
         """End the recording in order. Leaving the ``with`` block does this."""
         self._detach()
+        try:
+            if self._rounds is not None:
+                self._rounds.end()
+            self._writer.queue.close()
+            self._store.close(self.steps)
+        finally:
+            with suppress(ExplaindError):  # it was raised
+                self._writer.queue.close()
+            self._store.unlock()
+
+    def stop(self) -> None:
+        """Stop recording without ending the run, which can be resumed. An error in the ``with`` block does this."""
+        if self._stopped:
+            return
+        self._detach()
         if self._rounds is not None:
-            self._rounds.end()
-        self._writer.queue.close()
-        self._store.close(self.steps)
+            with suppress(ExplaindError):  # of two errors, the first one is to be seen
+                self._rounds.end()
+        with suppress(ExplaindError):
+            self._writer.queue.close()
+        self._store.unlock()
 
     def flush(self) -> None:
         """Wait until every finished step can be read: files are written while training goes on.
@@ -333,14 +354,10 @@ class Recorder:
         if error is None:
             self.close()
         else:  # an interrupted training is a shorter run, not a finished one
-            self._detach()
-            if self._rounds is not None:
-                with suppress(ExplaindError):  # of two errors, the first one is to be seen
-                    self._rounds.end()
-            with suppress(ExplaindError):
-                self._writer.queue.close()
+            self.stop()
 
     def _detach(self) -> None:
+        self._stopped = True
         self._watch.close()
         for handle in self._handles:
             handle.remove()
@@ -362,6 +379,7 @@ class Recorder:
                 where=f"step {self.steps + 1}: {type(optimizer).__name__}",
                 remedy="let closures only compute the loss and its gradient",
             )
+        self._writer.check_alive()
         pending = self._pending = _Pending(member=self._subject.optimizers.index(optimizer))
         self._subject.check_parameters()  # groups may have been added
         pending.groups = self._subject.groups()

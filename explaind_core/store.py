@@ -18,7 +18,9 @@ checksums of all that it holds (:mod:`explaind_core.tensorfile`, :mod:`explaind_
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from explaind_core.locations import UNFINISHED
 from explaind_core.schema import COUNT, MANIFEST, mismatch
 from explaind_core.storefiles import MANIFEST_NAME, VERSION, StoredFile, StoreFiles
 from explaind_core.tensorfile import Contents
+from explaind_core.writing_lock import LOCK_NAME, WritingLock
 
 __all__ = ["FORMAT", "VERSION", "RunStore", "StoredFile"]
 
@@ -35,6 +38,7 @@ FORMAT = "explaind-run"
 #: Versions that are read; only the newest is written.
 READABLE = (1, 2)
 CLOSED_NAME = "closed.json"
+LOG_NAME = "metrics.jsonl"
 _HASH = "[0-9a-f]{32}"
 
 
@@ -45,6 +49,10 @@ class RunStore(StoreFiles):
         path: the run's folder.
         compress: pack tensors with blosc where that makes them shorter; what is read says itself how it is packed.
     """
+
+    def __init__(self, path: str | os.PathLike[str], *, compress: bool = True) -> None:
+        super().__init__(path, compress=compress)
+        self._lock: WritingLock | None = None
 
     # ------------------------------------------------------------------ layout
     def step_path(self, s: int) -> Path:
@@ -88,8 +96,31 @@ class RunStore(StoreFiles):
 
     def is_unbegun(self) -> bool:
         """Whether nothing is here but what a kill left of a recording that had not begun: files before the manifest."""
-        known = {self.start_path.name, *(f"{name}{UNFINISHED}" for name in (self.start_path.name, MANIFEST_NAME))}
-        return all(path.is_file() and path.name in known for path in self.path.iterdir())
+        if not self.path.exists():
+            return True
+        known = {LOCK_NAME, self.start_path.name}
+        known |= {f"{name}{UNFINISHED}" for name in (self.start_path.name, MANIFEST_NAME)}
+        return self.path.is_dir() and all(path.is_file() and path.name in known for path in self.path.iterdir())
+
+    def lock(self) -> None:
+        """Become the only writer of this run, until :meth:`unlock`.
+
+        Raises:
+            StoreError: another one is, or the folder cannot be written.
+        """
+        self._lock = WritingLock(self.path)
+
+    def unlock(self) -> None:
+        """Let others write the run."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def delete(self) -> None:
+        """Delete the run, by whoever holds its lock, which is kept."""
+        for path in self.path.iterdir():
+            if path.name != LOCK_NAME:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     # ------------------------------------------------------------------ manifest
     def read_manifest(self, *, damaged: bool = False) -> dict[str, Any]:
@@ -161,7 +192,8 @@ class RunStore(StoreFiles):
     # ------------------------------------------------------------------ the whole run
     def close(self, steps: int) -> None:
         """Write down that recording ended in order, and what there is: what is lost later is known."""
-        lines = self.count_lines("metrics.jsonl")
+        self.end_log(LOG_NAME)
+        lines = self.count_lines(LOG_NAME)
         self.write_json(CLOSED_NAME, {"steps": steps, "lines": lines, "snapshots": self.found_snapshots()})
 
     def closed(self, *, damaged: bool = False) -> dict[str, Any] | None:

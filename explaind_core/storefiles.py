@@ -15,7 +15,7 @@ from torch import Tensor
 
 from explaind_core import sealed, trees
 from explaind_core.errors import StoreError
-from explaind_core.locations import NotPlainError, opened, read_bytes, replace
+from explaind_core.locations import NotPlainError, append, opened, read_bytes, replace
 from explaind_core.tensorfile import Contents, Damage, encode, read_contents, read_entry
 
 __all__ = ["MANIFEST_NAME", "VERSION", "StoreFiles", "StoredFile"]
@@ -106,13 +106,17 @@ class StoreFiles:
         count = self.count_lines(name)
         content = sealed.line(value, self.run, name, count)
         try:
-            with path.open("ab") as file:
-                file.truncate(self._logs[name][0])
-                file.write(content)
-                size = file.tell()
+            size = append(path, self._logs[name][0], content)
         except OSError as error:
             raise self._write_error(path, error) from error
         self._logs[name] = size, count + 1
+
+    def end_log(self, name: str) -> None:
+        """Cut off a last line that a full disk cut short."""
+        path = self.path / name
+        self.count_lines(name)
+        if path.exists() and path.stat().st_size != self._logs[name][0]:
+            append(path, self._logs[name][0], b"")
 
     def count_lines(self, name: str) -> int:
         """How many whole lines a log has that is being written."""

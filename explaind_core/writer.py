@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -16,7 +15,7 @@ from explaind_core import trees
 from explaind_core.batches import BatchLog, copied
 from explaind_core.coefficients import qualified_name
 from explaind_core.environment import environment
-from explaind_core.errors import RecordingError, StoreError
+from explaind_core.errors import ExplaindError, RecordingError, StoreError
 from explaind_core.finite import check_parameters
 from explaind_core.iterations import Evaluation
 from explaind_core.losses import describe_loss
@@ -75,6 +74,7 @@ class RunWriter:
         self._ever_trained: set[str] = set()
         self._ever_changed: set[str] = set()
         self._outside: dict[str, Tensor] = {}
+        self._failure: ExplaindError | None = None
 
     def start(
         self,
@@ -89,17 +89,8 @@ class RunWriter:
         Raises:
             StoreError: there is something at the path already, or it cannot be written.
         """
-        subject, path = self._subject, self._store.path
-        if path.exists() and not (path.is_dir() and self._store.is_unbegun()):
-            if not overwrite:
-                raise StoreError(
-                    "there is something at this path already",
-                    where=path,
-                    expected="a new or empty folder",
-                    remedy="choose another path; or pass resume=True to continue the run, overwrite=True to delete it",
-                )
-            self._store.read_manifest()  # never delete what is not a run
-            shutil.rmtree(path)
+        self._claim(overwrite)
+        subject = self._subject
         trained = {name for group in subject.groups() for name in group["params"]}
         theta, buffers = subject.theta(), subject.buffers()
         manifest = {"run": self._store.begin(), **self._manifest(loss, penalty, train_size, trained)}
@@ -112,6 +103,25 @@ class RunWriter:
         self._store.write_tensors(self._store.start_path, header | {"manifest": manifest}, start | tensors)
         # The manifest comes last: a folder without one is not a run.
         self._store.write_json("manifest.json", manifest)
+
+    def _claim(self, overwrite: bool) -> None:
+        """Become the only writer of a folder with nothing in it."""
+        store = self._store
+        for locked in (False, True):  # looked at again when nobody else can write there any more
+            if locked:
+                store.lock()
+            if store.is_unbegun():
+                continue
+            if not overwrite:
+                raise StoreError(
+                    "there is something at this path already",
+                    where=store.path,
+                    expected="a new or empty folder",
+                    remedy="choose another path; or pass resume=True to continue the run, overwrite=True to delete it",
+                )
+            store.read_manifest()  # never delete what is not a run
+            if locked:
+                store.delete()
 
     def _manifest(
         self,
@@ -152,8 +162,10 @@ class RunWriter:
         subject = self._subject
         from explaind_core.run import open_run  # reading is the next stage; only resuming needs it here
 
-        run = open_run(self._store.path, model=subject.model)
+        self._store.read_manifest()
         self._store.check_writable(self._store.path)
+        self._store.lock()
+        run = open_run(self._store.path, model=subject.model)
         trained_by, given = run.manifest["optimizer"], subject.described()["optimizer"]
         if trained_by != given:
             raise RecordingError(
@@ -210,6 +222,21 @@ class RunWriter:
             return self._subject.buffers() if self.marks.moved_buffers() else {}
         return {n: b for n, b in self._subject.buffers().items() if not torch.equal(b, self._buffers[n])}
 
+    def check_alive(self) -> None:
+        """Refuse to go on behind a step that could not be written.
+
+        Raises:
+            RecordingError: there was one.
+        """
+        if self._failure is not None:
+            raise RecordingError(
+                "recording has ended: a step could not be recorded",
+                where=self._failure.where,
+                got=self._failure.what,
+                remedy="put that right, then explaind.open_run(...).restore(model, optimizer) and go on with "
+                "Recorder(..., resume=True)",
+            )
+
     def finish(
         self,
         seen: SeenStep,
@@ -228,8 +255,12 @@ class RunWriter:
         Raises:
             NonFiniteError: a parameter became NaN or infinite. StoreError: it cannot be written.
         """
-        check_parameters({name: theta[name] for name in seen.gradients}, self.steps + 1)
-        self._write(seen, theta, batches, factor, buffers)
+        try:
+            check_parameters({name: theta[name] for name in seen.gradients}, self.steps + 1)
+            self._write(seen, theta, batches, factor, buffers)
+        except ExplaindError as error:  # the model has moved on, so that no later step can be recorded behind this one
+            self._failure = error
+            raise
         self.steps += 1
         if self.marks is None:
             self.last = theta

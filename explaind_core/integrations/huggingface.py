@@ -82,6 +82,8 @@ class RecorderCallback(TrainerCallback):
     ) -> None:
         """Watch the model, name the samples of the loader's batches, start the recording."""
         self._detach()
+        if self.recorder is not None:  # of a training that was interrupted
+            self.recorder.stop()
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         _check_supported(args)
         self._loss = loss_of(model) if self.loss is None else self.loss

@@ -104,6 +104,8 @@ class RecorderCallback(Callback):
         self._lightning = pl_module
         # A function in the instance, in front of the class's own: Lightning takes it for an overridden method.
         pl_module.training_step = self._unnamed(pl_module.training_step)  # type: ignore[method-assign]
+        if self.recorder is not None:  # of a training that was interrupted
+            self.recorder.stop()
         self.recorder = Recorder(self.path, self._model, trainer.optimizers[0], self.loss, **self.options)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
