@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from xxhash import xxh3_128
 
 from explaind_core import trees
-from explaind_core.errors import RecordingError
+from explaind_core.data import IndexedDataset
+from explaind_core.errors import QuestionError, RecordingError
 from explaind_core.forwards import ForwardState
+from explaind_core.rereading import content_hash, read_again, row_hashes
 from explaind_core.store import RunStore
 
 __all__ = ["BatchLog", "copied"]
@@ -26,10 +26,20 @@ class BatchLog:
         entries: one per micro-batch: where its content lies (``key``) and its ``weight``. ids: its sample ids.
         forwards: how the model stood when it was passed through, None where no pass was seen.
         contents: inputs and targets, kept where ``keeps`` is set.
+        again: what tells a batch that is not stored, but will be read again: draws and hashes of its samples.
     """
 
-    def __init__(self, store: RunStore, train_size: int | None) -> None:
+    def __init__(self, store: RunStore, train_size: int | None, inputs: str | IndexedDataset = "stored") -> None:
+        if not isinstance(inputs, IndexedDataset) and inputs not in ("stored", "reread"):
+            raise QuestionError(
+                "how are inputs kept?",
+                where="Recorder(..., inputs=)",
+                expected="'stored', 'reread', or the IndexedDataset that they will be read again from",
+                got=inputs,
+            )
         self._store, self._train_size = store, train_size
+        self._stored, self._dataset = inputs == "stored", inputs if isinstance(inputs, IndexedDataset) else None
+        self.again: list[dict[str, Tensor]] = []
         self._known: set[str] = set()
         self.entries: list[dict[str, Any]] = []
         self.ids: list[Tensor] = []
@@ -41,12 +51,15 @@ class BatchLog:
     def clear(self) -> None:
         """Forget what was declared."""
         self.entries, self.ids, self.forwards, self._scales, self.contents = [], [], [], [], []
+        self.again = []
 
     def tensors(self) -> dict[str, Tensor]:
         """The ids and the random states, as a step file holds them."""
         found = {f"ids/{index}": ids for index, ids in enumerate(self.ids)}
         for index, forward in enumerate(self.forwards):
             found |= {f"rng/{index}/{device}": state for device, state in (forward.rng if forward else {}).items()}
+        for index, again in enumerate(self.again):
+            found |= {f"{name}/{index}": tensor for name, tensor in again.items()}
         return found
 
     def headers(self) -> list[dict[str, Any]]:
@@ -92,6 +105,7 @@ class BatchLog:
                 remedy="draw the batch outside the closure",
             )
         del self.entries[first:], self.ids[first:], self.forwards[first:], self._scales[first:], self.contents[first:]
+        del self.again[first:]
 
     def declare(
         self,
@@ -102,6 +116,7 @@ class BatchLog:
         step: int,
         forward: ForwardState | None = None,
         scale: float = 1.0,
+        draws: Any = None,
     ) -> None:
         """Check one micro-batch and store its content; see :meth:`explaind_core.Recorder.batch`."""
         where = f"batch of step {step}"
@@ -142,26 +157,36 @@ class BatchLog:
         structure, tensors = trees.flatten({"inputs": inputs, "targets": targets}, "the batch")
         # Copies: inputs and targets may be one tensor, or overlap (an autoencoder, a language model).
         stored = {key: copied(tensor) for key, tensor in tensors.items()}
-        key = _content_hash(structure, stored)
-        if key not in self._known and not self._store.batch_path(key).exists():
+        key, ids = content_hash(structure, stored), copied(ids.to(torch.int64))
+        if not self._stored:
+            self._note(key, ids, trees.unflatten(structure, stored), draws, step)
+        elif key not in self._known and not self._store.batch_path(key).exists():
             self._store.write_tensors(self._store.batch_path(key), structure, stored)
         self._known.add(key)
-        self.entries.append({"key": key, "weight": float(weight)})
-        self.ids.append(ids.to(torch.int64))
+        self.entries.append({"key": key, "weight": float(weight)} | ({} if self._stored else {"reread": True}))
+        self.ids.append(ids)
         self.forwards.append(forward)
         if self.keeps:
             self.contents.append(trees.unflatten(structure, stored))
         self._scales.append(float(scale))
 
+    def _note(self, key: str, ids: Tensor, content: Any, draws: Any, step: int) -> None:
+        """Note what tells a batch that is not stored; the first one is read again at once."""
+        if draws is not None:
+            draws = copied(torch.as_tensor(draws).to(torch.int64))
+            if draws.shape != ids.shape:
+                raise RecordingError(
+                    "draws and ids do not have the same number of samples",
+                    where=f"batch of step {step}",
+                    expected=tuple(ids.shape),
+                    got=tuple(draws.shape),
+                )
+        rows = row_hashes(content, len(ids))
+        if self._dataset is not None and not self._known:
+            read_again(self._dataset, ids, draws, key, rows, step=step)
+        self.again.append({"rows": rows} | ({} if draws is None else {"draws": draws}))
+
 
 def copied(tensor: Tensor) -> Tensor:
     """A copy in main memory that later changes do not reach."""
     return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def _content_hash(structure: Any, tensors: Mapping[str, Tensor]) -> str:
-    digest = xxh3_128(repr(structure).encode())
-    for key, tensor in tensors.items():
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return digest.hexdigest()

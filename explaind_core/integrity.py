@@ -51,7 +51,7 @@ def damages(store: RunStore, *, progress: bool) -> list[StoreError]:
         lines = max(lines, header.get("lines", 0))
         for entry in header.get("batches", []):
             batch = tried(partial(store.batch_path, entry["key"]))
-            if batch is not None and batch not in names:
+            if batch is not None and batch not in names and not entry.get("reread"):
                 names[batch] = ""  # one that is missing is told once
                 tried(partial(store.check_file, batch, what=f"the batch of step {s}"))
     tried(partial(store.read_lines, "metrics.jsonl", expected=lines, whole=bool(closed)))

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from explaind_core.batches import BatchLog, copied
 from explaind_core.coefficients import UpdateRule
+from explaind_core.data import IndexedDataset
 from explaind_core.early import EarlyCheck, check_mode, no_pass
 from explaind_core.errors import ExplaindError, NonFiniteError, RecordingError
 from explaind_core.fingerprints import fingerprint
@@ -67,6 +68,10 @@ class Recorder:
         mode: what is written. ``"steps"``: theta_s and the gradients of every step. ``"parameters"``: theta_s only.
             ``"snapshots"``: theta and the optimizer's state every ``snapshot_every`` steps. What is not written is
             computed again when it is read, and must come out bit by bit; the first step is tried while recording.
+        inputs: ``"stored"``: batches are written as they were declared, once per content. ``"reread"``: only ids, draws
+            and hashes are, and the run is opened with the dataset. Given that itself (an
+            :class:`explaind_core.data.IndexedDataset`), the first batch is read again at once; with
+            ``mode="snapshots"`` it must be given.
         snapshot_every: the optimizer's state is kept after every that many steps.
         resume: continue the run at ``path``; the model must stand where its last recorded step left it.
         overwrite: delete the run at ``path`` first.
@@ -118,6 +123,7 @@ class Recorder:
         *,
         train_size: int | None = None,
         mode: str = "steps",
+        inputs: str | IndexedDataset = "stored",
         snapshot_every: int = 100,
         resume: bool = False,
         overwrite: bool = False,
@@ -148,10 +154,11 @@ class Recorder:
         self._early = None if mode == "steps" else EarlyCheck(self._subject, mode, loss, gradient, penalty)
         self._modelled = gradient is None  # the model is called as it is, by the default recipe
         self._reading = {"rule": rule, "registry": registry, "make_optimizer": make_optimizer}
+        self._reading["dataset"] = inputs if isinstance(inputs, IndexedDataset) else None
         # Where a step is computed again: the buffers before its pass, None before it was called.
         self._buffers: dict[str, Tensor] | None = None
         self._moved: dict[str, Tensor] = {}  # those of them that the last step left otherwise
-        self._batches = BatchLog(self._store, train_size)
+        self._batches = BatchLog(self._store, train_size, inputs)
         self._factor = 1.0
         self._clips: list[list[Any]] = []
         self._pending: _Pending | None = None
@@ -184,7 +191,9 @@ class Recorder:
         return self._writer.steps
 
     # ------------------------------------------------------------------ what the loop calls
-    def batch(self, inputs: Any, targets: Any, *, ids: Any, weight: float = 1.0, scale: float = 1.0) -> None:
+    def batch(
+        self, inputs: Any, targets: Any, *, ids: Any, weight: float = 1.0, scale: float = 1.0, draws: Any = None
+    ) -> None:
         """Declare which training samples the coming step's gradient is of; once per micro-batch.
 
         How the model stood when it was called since the last batch (its modes, autocast, the random state) is kept.
@@ -200,6 +209,7 @@ class Recorder:
                 (1/k for an accumulation over k micro-batches).
             scale: the factor by which a ``GradScaler`` multiplied it beyond that (``scaler.get_scale()``), and by which
                 the gradient is divided again before the step.
+            draws: which draws of these samples (:class:`explaind_core.data.DrawnBatch`), where they are read again.
 
         Raises:
             RecordingError: ids are not one integer per sample, or out of range; inputs cannot be stored.
@@ -208,7 +218,7 @@ class Recorder:
             self._rounds.end()
         self._writer.queue.check()
         self._batches.keeps = self._early is not None and self._early.due(self.steps + 1)
-        self._batches.declare(inputs, targets, ids, weight, self.steps + 1, self._watch.take(), scale)
+        self._batches.declare(inputs, targets, ids, weight, self.steps + 1, self._watch.take(), scale, draws)
 
     def discard_batch(self) -> None:
         """Forget the batches declared since the last step: their gradients will not be used.

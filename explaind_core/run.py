@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from explaind_core import trees
 from explaind_core.coefficients import UpdateRule, qualified_name
+from explaind_core.data import IndexedDataset
 from explaind_core.errors import QuestionError, StoreError
 from explaind_core.forwards import ForwardState
 from explaind_core.joint import JOINED_BY, OWNER, JointRule, each_optimizer, each_rule
@@ -24,6 +25,7 @@ from explaind_core.losses import LossFunction, rebuild_loss
 from explaind_core.plain import plain_copy, plain_name
 from explaind_core.plugins import Registry, default_registry
 from explaind_core.queued import settle
+from explaind_core.rereading import read_again
 from explaind_core.schema import COUNT, STEP, mismatch
 from explaind_core.store import RunStore, StoredFile
 from explaind_core.tensorfile import DTYPES
@@ -101,6 +103,7 @@ class Run:
         mode: what was stored: ``"steps"``, ``"parameters"`` or ``"snapshots"``; the rest is computed again.
         rule: the rule that was given, or inferred; None where the registered one explains the run.
         penalty: the term of the loss that depends on the parameters alone, None without.
+        dataset: where batches that were not stored are read again, None without.
         point: which parameters ``theta`` returns: ``"gradient"`` or ``"evaluated"`` (see :func:`open_run`).
     """
 
@@ -118,8 +121,9 @@ class Run:
         gradient: GradientFunction | None = None,
         penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
         damaged: bool = False,
+        dataset: IndexedDataset | None = None,
     ) -> None:
-        self.penalty = penalty
+        self.penalty, self.dataset = penalty, dataset
         settle(path)
         self.store = RunStore(path)
         self.manifest = self.store.read_manifest(damaged=damaged)
@@ -534,16 +538,27 @@ class Run:
         """The batch of step s: which samples its gradient was of, with their inputs and targets."""
         self.check_step(s)
         entries, micro = self._header(s)["batches"], []
-        states = self._step_tensors(s, "rng/")
+        states = self._step_tensors(s, "rng/", "rows/", "draws/")
         for index, (ids, entry) in enumerate(zip(self._ids(s, len(entries)), entries, strict=True)):
-            path, what = self.store.batch_path(entry["key"]), f"the batch of step {s}"
-            stored = self.store.read_tensors(path, what=what)
-            data = self.store.unflatten(stored.header, stored.tensors, path, what=what)
             prefix = f"rng/{index}/"
             rng = {n.removeprefix(prefix): t for n, t in states.items() if n.startswith(prefix)}
             forward = ForwardState.stored(entry.get("forward"), rng)
-            micro.append(MicroBatch(ids, data["inputs"], data["targets"], entry["weight"], forward))
+            inputs, targets = self._content(s, entry, ids, states, index)
+            micro.append(MicroBatch(ids, inputs, targets, entry["weight"], forward))
         return Batch(tuple(micro))
+
+    def _content(
+        self, s: int, entry: Mapping[str, Any], ids: Tensor, states: Mapping[str, Tensor], index: int
+    ) -> tuple[Any, Any]:
+        """The inputs and targets of a micro-batch, stored or read again."""
+        path, what = self.store.batch_path(entry["key"]), f"the batch of step {s}"
+        if entry.get("reread"):
+            step = self.store.step_path(s)
+            rows = self.store.unflatten({"#tensor": f"rows/{index}"}, states, step, what=f"step {s}")
+            return read_again(self.dataset, ids, states.get(f"draws/{index}"), entry["key"], rows, step=s)
+        stored = self.store.read_tensors(path, what=what)
+        data = self.store.unflatten(stored.header, stored.tensors, path, what=what)
+        return data["inputs"], data["targets"]
 
     # ------------------------------------------------------------------ the whole run
     @property
@@ -678,6 +693,7 @@ def open_run(
     gradient: GradientFunction | None = None,
     penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
     damaged: bool = False,
+    dataset: IndexedDataset | None = None,
 ) -> Run:
     """Open a recorded run: lazily, read-only, from any process, without running code from the store.
 
@@ -701,6 +717,7 @@ def open_run(
             parameters alone; its share of every update is then a term of its own.
         damaged: open a run of which files are damaged or missing: whatever is intact can be read, and asking for
             the rest is an error. By default such a run is refused at once.
+        dataset: where the batches of a run recorded with ``inputs="reread"`` are read again, and compared.
 
     Raises:
         StoreError: no run, another version, damaged, or recorded with another model.
@@ -724,4 +741,5 @@ def open_run(
         gradient=gradient,
         penalty=penalty,
         damaged=damaged,
+        dataset=dataset,
     )

@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, WeightedRandomSampler
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, WeightedRandomSampler, default_collate
 
+import explaind_core as explaind
 from explaind_core import errors
 from explaind_core.data import DRAWS, IndexedDataset, indexed_loader, with_ids
 
@@ -169,3 +170,101 @@ def test_what_has_no_ids_is_refused():
         list(indexed_loader([torch.zeros(3)], batch_size=1))
     with pytest.raises(errors.RecordingError, match=r"no targets \['y'\]"):
         list(indexed_loader([{"x": 1}], batch_size=1, targets="y"))
+
+
+# ---------------------------------------------------------------------- runs whose inputs are read again
+class Augmented(Squares):
+    """Samples with noise, in double precision: they can be read again only under the same random state."""
+
+    def __init__(self, n, shift=0.0):
+        super().__init__(n)
+        self.points = torch.randn(n, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + shift
+
+    def __getitem__(self, i):
+        return self.points[i] + 0.1 * torch.randn(3, dtype=torch.float64) + random.random(), i % 2
+
+
+def network():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+
+
+def record(path, dataset, epochs=2, **options):
+    model, loss = network(), torch.nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.manual_seed(1)
+    loader = indexed_loader(dataset, batch_size=4, shuffle=True)
+    with explaind.Recorder(path, model, optimizer, loss, **options) as recorder:
+        for _ in range(epochs):
+            for ids, inputs, targets, *draws in loader:
+                optimizer.zero_grad()
+                (loss(model(inputs), targets) / 2).backward()
+                recorder.batch(inputs, targets, ids=ids, weight=0.5, draws=draws[0] if draws else None)
+                half = slice(0, len(ids) // 2 + 1)
+                (loss(model(inputs[half]), targets[half]) / 2).backward()
+                part = (ids[half], *(d[half] for d in draws))
+                recorder.batch(inputs[half], targets[half], ids=part[0], weight=0.5, draws=part[1] if draws else None)
+                optimizer.step()
+    return path
+
+
+@pytest.mark.parametrize("mode", ["steps", "parameters", "snapshots"])
+def test_runs_whose_inputs_are_read_again_are_the_same_runs(tmp_path, mode):
+    data = IndexedDataset(Augmented(10), seed=3)
+    stored = explaind.open_run(record(tmp_path / "stored", data), model=network())
+    path = record(tmp_path / "reread", data, inputs=data, mode=mode)
+    assert not (path / "batches").exists()
+    again = explaind.open_run(path, model=network(), dataset=IndexedDataset(Augmented(10), seed=3))
+    for s in stored.steps:
+        for one, other in zip(stored.batch(s).micro, again.batch(s).micro, strict=True):
+            assert torch.equal(one.ids, other.ids)
+            assert torch.equal(one.inputs, other.inputs)
+            assert torch.equal(one.targets, other.targets)
+            assert one.weight == other.weight
+    inputs = torch.randn(2, 3, dtype=torch.float64)
+    results = [
+        explaind.attribute(run, inputs, keep=("train", "test"), output=explaind.Chosen([0, 1]), nodes=2, progress=False)
+        for run in (stored, again)
+    ]
+    assert results[0].identical(results[1].assign_attrs(results[0].attrs))
+
+
+def test_samples_that_are_not_as_they_were_are_named(tmp_path):
+    data = IndexedDataset(Augmented(10), seed=3)
+    path = record(tmp_path / "run", data, inputs="reread")
+    with pytest.raises(errors.QuestionError, match="were not stored"):
+        explaind.open_run(path).batch(1)
+    changed = Augmented(10)
+    changed.points[7] += 1e-9
+    run = explaind.open_run(path, dataset=IndexedDataset(changed, seed=3))
+    wrong = [s for s in run.steps if 7 in run.sample_ids(s)]
+    assert wrong
+    for s in run.steps:
+        if s not in wrong:
+            run.batch(s)
+            continue
+        with pytest.raises(errors.StoreError, match="not as they were") as refused:
+            run.batch(s)
+        assert f"step {s}: samples [7]" in str(refused.value)
+        assert "1 of " in str(refused.value)
+    with pytest.raises(errors.StoreError, match="not as they were"):
+        explaind.open_run(path, dataset=IndexedDataset(Augmented(10), seed=4)).batch(1)
+    with pytest.raises(errors.StoreError, match="not as they were"):  # another draw
+        explaind.open_run(path, dataset=IndexedDataset(Augmented(10))).batch(1)
+    with pytest.raises(errors.StoreError, match="cannot be read again: IndexError"):
+        explaind.open_run(path, dataset=IndexedDataset(torch.zeros(1, 3), seed=3)).batch(1)
+    narrow = IndexedDataset(Augmented(10), seed=3, collate=lambda rows: [t.float() for t in default_collate(rows)])
+    with pytest.raises(errors.StoreError, match="not as they were"):
+        explaind.open_run(path, dataset=narrow).batch(1)
+
+
+def test_what_cannot_be_read_again_is_refused_at_the_first_batch(tmp_path):
+    with pytest.raises(errors.StoreError, match="not as they were"):  # noise without a seed
+        record(tmp_path / "a", IndexedDataset(Augmented(10)), inputs=IndexedDataset(Augmented(10)))
+    with pytest.raises(errors.QuestionError, match="how are inputs kept"):
+        record(tmp_path / "b", Augmented(10), inputs="nowhere")
+    data = IndexedDataset(Augmented(10), seed=0)
+    model = network()
+    recorder = explaind.Recorder(tmp_path / "c", model, torch.optim.SGD(model.parameters(), 0.1), inputs=data)
+    with pytest.raises(errors.RecordingError, match="draws and ids"):
+        recorder.batch(torch.zeros(2, 3), torch.zeros(2), ids=[0, 1], draws=[0])
