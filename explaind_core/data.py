@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from explaind_core.errors import RecordingError
 
-__all__ = ["DrawnBatch", "IndexedBatch", "IndexedDataset", "IndexedItem", "indexed_loader", "with_ids"]
+__all__ = ["Collated", "DrawnBatch", "IndexedBatch", "IndexedDataset", "IndexedItem", "indexed_loader", "with_ids"]
 
 #: So many draws an epoch may have: a draw is ``epoch * DRAWS + position``.
 DRAWS = 2**32
@@ -214,6 +214,7 @@ class Collated:
         self.collate, self.pack = collate, pack
 
     def __call__(self, items: Sequence[IndexedItem]) -> Any:
+        """The packed batch of these items."""
         ids, draws = (torch.tensor([item[k] for item in items], dtype=torch.int64) for k in (0, 1))
         return self.pack(ids, draws, self.collate([item.item for item in items]))
 

@@ -153,7 +153,7 @@ class Recorder:
         self._writer = RunWriter(self._store, self._subject, snapshot_every, mode)
         self._early = None if mode == "steps" else EarlyCheck(self._subject, mode, loss, gradient, penalty)
         self._modelled = gradient is None  # the model is called as it is, by the default recipe
-        self._reading = {"rule": rule, "registry": registry, "make_optimizer": make_optimizer}
+        self._reading: dict[str, Any] = {"rule": rule, "registry": registry, "make_optimizer": make_optimizer}
         self._reading["dataset"] = inputs if isinstance(inputs, IndexedDataset) else None
         # Where a step is computed again: the buffers before its pass, None before it was called.
         self._buffers: dict[str, Tensor] | None = None

@@ -15,6 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 
 import explaind_core as explaind
 from explaind_core import errors
+from explaind_core.data import IndexedDataset
 from explaind_core.integrations.huggingface import RecorderCallback, returning_logits
 from explaind_core.integrations.losses import loss_of
 
@@ -245,6 +246,22 @@ def test_runs_that_are_computed_again(tmp_path, options):
     for s in runs["steps"].steps:
         for name, gradient in runs["steps"].gradients(s).items():
             assert torch.equal(gradient, runs["snapshots"].gradients(s)[name])
+
+
+@pytest.mark.parametrize("mode", ["steps", "snapshots"])
+def test_inputs_that_are_read_again(tmp_path, mode):
+    train(tmp_path, callback=RecorderCallback(tmp_path / "stored"))
+    train(tmp_path, callback=RecorderCallback(tmp_path / "again", inputs="reread", mode=mode))
+    assert not (tmp_path / "again" / "batches").exists()
+    dataset = IndexedDataset(Sequences(), collate=pad, targets="labels")
+    stored = explaind.open_run(tmp_path / "stored", model=tiny())
+    again = explaind.open_run(tmp_path / "again", model=tiny(), dataset=dataset)
+    for s in stored.steps:
+        one, other = stored.batch(s), again.batch(s)
+        assert torch.equal(one.ids, other.ids)
+        assert torch.equal(one.targets, other.targets)
+        assert all(torch.equal(value, other.inputs[name]) for name, value in one.inputs.items())
+        assert all(torch.equal(value, again.theta(s)[name]) for name, value in stored.theta(s).items())
 
 
 class Stop(transformers.TrainerCallback):

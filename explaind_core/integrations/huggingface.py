@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils.generic import find_labels
 
-from explaind_core.data import split_targets, with_ids
+from explaind_core.data import IndexedDataset, split_targets, with_ids
 from explaind_core.errors import RecordingError
 from explaind_core.integrations.calls import CallWatch
 from explaind_core.integrations.losses import loss_of, returned
@@ -49,7 +49,7 @@ class RecorderCallback(TrainerCallback):
         targets: the keys of the targets in a batch; by default ``args.label_names``, or those of the model.
         id_column: take the ids from this column of the batch, which the collator must keep, for a dataset without
             positions. ``remove_unused_columns=False`` lets it pass.
-        options: further ones of the Recorder: ``snapshot_every``, ``resume``, ``overwrite``, ``rule``, ``train_size``.
+        options: further ones of the Recorder: ``mode``, ``inputs``, ``snapshot_every``, ``resume``, ``overwrite``, ...
 
     Attributes:
         recorder: the Recorder of the training that runs, or ran.
@@ -89,9 +89,11 @@ class RecorderCallback(TrainerCallback):
         self._loss = loss_of(model) if self.loss is None else self.loss
         names = self.targets or args.label_names or find_labels(type(model))  # type: ignore[no-untyped-call]
         self._targets = names[0] if isinstance(names, list) and len(names) == 1 else names
-        if self.id_column is None:
-            self._name_samples(loader)
         options = {"train_size": _size(loader), **self.options}
+        if self.id_column is None:
+            dataset = self._name_samples(loader)
+            if options.get("inputs") == "reread":
+                options["inputs"] = dataset
         self._model = model
         self._handles = _under_autocast(model, args)  # before the Recorder's own hooks, which look at it
         self._watch = CallWatch(model, self._take, returned)
@@ -122,7 +124,7 @@ class RecorderCallback(TrainerCallback):
         self._detach()
 
     # ------------------------------------------------------------------ batches
-    def _name_samples(self, loader: Any) -> None:
+    def _name_samples(self, loader: Any) -> IndexedDataset:
         base = getattr(loader, "base_dataloader", None)  # accelerate wraps the loader that makes the batches
         if not isinstance(base, DataLoader):
             raise RecordingError(
@@ -139,6 +141,9 @@ class RecorderCallback(TrainerCallback):
                 remedy="let batches carry their ids: RecorderCallback(..., id_column='id')",
             )
         loader.base_dataloader = with_ids(base, self._pack)
+        given = base.dataset
+        inner, seed = (given.dataset, given.seed) if isinstance(given, IndexedDataset) else (given, None)
+        return IndexedDataset(inner, seed=seed, collate=base.collate_fn, targets=self._targets)
 
     def _pack(self, ids: Tensor, draws: Tensor, batch: Any) -> Any:
         if not isinstance(batch, MutableMapping):
@@ -186,7 +191,8 @@ class RecorderCallback(TrainerCallback):
         if isinstance(given, dict):
             given = {n: v for n, v in given.items() if n not in (*names, "num_items_in_batch")}
         weight = call.weight(self._loss, call.extra["targets"], where)
-        self.recorder.batch(given, call.extra["targets"], ids=call.extra["ids"], weight=weight)
+        ids, draws = call.extra["ids"], call.extra.get("draws")
+        self.recorder.batch(given, call.extra["targets"], ids=ids, weight=weight, draws=draws)
 
     def _detach(self) -> None:
         if self._watch is not None:

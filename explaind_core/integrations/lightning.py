@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from explaind_core.data import split_targets, with_ids
+from explaind_core.data import Collated, IndexedDataset, split_targets, with_ids
 from explaind_core.errors import RecordingError
 from explaind_core.integrations.calls import CallWatch
 from explaind_core.losses import LossFunction
@@ -48,7 +48,7 @@ def named(loader: DataLoader[Any]) -> DataLoader[Any]:
 
 
 class RecorderCallback(Callback):
-    """Records the training of a ``LightningModule`` with one optimizer, automatic or manual.
+    """Records the training of a ``LightningModule``: with one optimizer, or, in manual optimization, several.
 
     What the model was called with is seen where it is called; by which factor its loss was multiplied (accumulated
     batches, loss terms of one's own scale) is measured at its outputs, where the declared loss is checked as well.
@@ -60,13 +60,13 @@ class RecorderCallback(Callback):
             ``"net"`` where ``training_step`` calls ``self.net(x)``. By default the LightningModule itself: ``self(x)``.
         targets: the key, or keys, of the targets in a batch that is a mapping, or a function of the batch. By default
             the second of a pair (inputs, targets).
-        options: further ones of the Recorder: ``snapshot_every``, ``resume``, ``overwrite``, ``rule``, ``train_size``.
+        options: further ones of the Recorder: ``mode``, ``inputs``, ``snapshot_every``, ``resume``, ``overwrite``, ...
 
     Attributes:
         recorder: the Recorder of the training that runs, or ran.
 
     Raises:
-        RecordingError: in ``trainer.fit()``: several processes or optimizers; a loader that does not name its samples;
+        RecordingError: in ``trainer.fit()``: several processes; no optimizer; a loader that does not name its samples;
             the declared loss is not the one that is trained on.
     """
 
@@ -95,10 +95,8 @@ class RecorderCallback(Callback):
             raise RecordingError(
                 "several processes cannot be recorded", where="Trainer", expected="devices=1", got=trainer.world_size
             )
-        if len(trainer.optimizers) != 1:
-            raise RecordingError(
-                "not exactly one optimizer", where="configure_optimizers", expected=1, got=len(trainer.optimizers)
-            )
+        if not trainer.optimizers:
+            raise RecordingError("there is no optimizer", where="configure_optimizers", expected="at least one")
         self._model = pl_module.get_submodule(self.module)
         self._watch = CallWatch(self._model)
         self._lightning = pl_module
@@ -106,7 +104,11 @@ class RecorderCallback(Callback):
         pl_module.training_step = self._unnamed(pl_module.training_step)  # type: ignore[method-assign]
         if self.recorder is not None:  # of a training that was interrupted
             self.recorder.stop()
-        self.recorder = Recorder(self.path, self._model, trainer.optimizers[0], self.loss, **self.options)
+        options = dict(self.options)
+        if options.get("inputs") == "reread":
+            options["inputs"] = self._dataset(trainer.train_dataloader)
+        optimizers = trainer.optimizers if len(trainer.optimizers) > 1 else trainer.optimizers[0]
+        self.recorder = Recorder(self.path, self._model, optimizers, self.loss, **options)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """See the loss that is trained on."""
@@ -138,7 +140,8 @@ class RecorderCallback(Callback):
             )
         targets = self.targets(self._batch.data) if callable(self.targets) else self._split(self._batch.data)
         weight = call.weight(self.loss, targets, where, total=self._loss)
-        self.recorder.batch(call.inputs(self._model), targets, ids=self._batch.ids, weight=weight)
+        ids, draws = self._batch.ids, self._batch.draws
+        self.recorder.batch(call.inputs(self._model), targets, ids=ids, weight=weight, draws=draws)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Declare the clipping that follows."""
@@ -170,6 +173,13 @@ class RecorderCallback(Callback):
             return step(batch if self._batch is None else self._batch.data, *args, **kwargs)
 
         return training_step
+
+    def _dataset(self, loader: Any) -> IndexedDataset | str:
+        """Where the loader's batches can be read again, if that is known."""
+        dataset, collated = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
+        if not isinstance(dataset, IndexedDataset) or not isinstance(collated, Collated) or callable(self.targets):
+            return "reread"
+        return IndexedDataset(dataset.dataset, seed=dataset.seed, collate=collated.collate, targets=self.targets)
 
     def _split(self, data: Any) -> Any:
         assert not callable(self.targets)
