@@ -23,6 +23,7 @@ from explaind_core.run import Run, open_run
 from explaind_core.scores import importance, relative_regularization, spread_residual
 from explaind_core.similarity import similarity
 from explaind_core.similarity_plan import plan_similarity
+from explaind_core.sizes import StoreSize, store_size
 from explaind_core.storage import open_result
 from explaind_core.verify import Verification, verify
 
@@ -42,6 +43,7 @@ __all__ = [
     "Run",
     "Sample",
     "StepCoefficients",
+    "StoreSize",
     "UpdateRule",
     "Verification",
     "attribute",
@@ -61,6 +63,7 @@ __all__ = [
     "relative_regularization",
     "similarity",
     "spread_residual",
+    "store_size",
     "top_samples",
     "verify",
 ]

@@ -69,6 +69,14 @@ class BatchLog:
             for entry, forward in zip(self.entries, self.forwards, strict=True)
         ]
 
+    def fingerprint(self, before: str) -> str:
+        """A digest over the contents, ids and weights of all batches so far; ``before`` is that of the last step."""
+        digest = xxh3_128(before.encode())
+        for entry, ids in zip(self.entries, self.ids, strict=True):
+            digest.update(f"{entry['key']} {entry['weight']!r} ".encode())
+            digest.update(ids.numpy().tobytes())
+        return str(digest.hexdigest())
+
     def settle(self, after: ForwardState | None, scale: float | None = None) -> None:
         """Give every batch its pass, once the gradient is there; ``after`` is the pass behind the last batch.
 

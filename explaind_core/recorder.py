@@ -31,6 +31,7 @@ from explaind_core.recipes import GradientFunction
 from explaind_core.rounds import Rounds
 from explaind_core.run import MicroBatch, OptimizerFactory
 from explaind_core.scaling import ScalerWatch, check_scaler
+from explaind_core.sizes import check_space, store_size
 from explaind_core.store import RunStore
 from explaind_core.subject import Subject
 from explaind_core.writer import RunWriter, SeenStep
@@ -80,6 +81,7 @@ class Recorder:
         scaler: the ``torch.amp.GradScaler`` of the loop. Steps that it skips are seen then, and their batch forgotten.
         registry: the plugins to look for a rule in; all installed ones by default.
         compression: how tensors are packed, without loss: ``"blosc"`` (bit shuffle and LZ4), or None.
+        expected_steps: how many steps will be recorded: a run for which the disk has no room is refused at once.
         gradient: ``gradient(model, micro_batch)`` runs a micro-batch's backward pass as the loop does, where that is
             not ``(loss(model(inputs), targets) * weight).backward()``; for the modes that compute gradients again.
         make_optimizer: as for :func:`explaind_core.open_run`, for those modes as well.
@@ -134,6 +136,7 @@ class Recorder:
         make_optimizer: OptimizerFactory | Sequence[OptimizerFactory | None] | None = None,
         penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
         compression: Literal["blosc"] | None = "blosc",
+        expected_steps: int | None = None,
     ) -> None:
         check_scaler(scaler)
         optimizers = each_optimizer(optimizer)
@@ -163,6 +166,11 @@ class Recorder:
         self._clips: list[list[Any]] = []
         self._pending: _Pending | None = None
         self.skipped, self._stopped = 0, False
+        self._expected_size = store_size(
+            model, optimizers, expected_steps or 0, mode=mode, snapshot_every=snapshot_every
+        )
+        if expected_steps is not None:
+            check_space(self._store.path, self._expected_size)
         try:
             if resume:
                 self._writer.resume()
@@ -189,6 +197,12 @@ class Recorder:
     def steps(self) -> int:
         """How many steps are recorded; of several optimizers, how many rounds are over."""
         return self._writer.steps
+
+    @property
+    def bytes_per_step(self) -> float:
+        """The mean size of the files of the steps written so far; before the first, the most that one will need."""
+        count, total = self._writer.written
+        return total / count if count else float(self._expected_size.per_step)
 
     # ------------------------------------------------------------------ what the loop calls
     def batch(

@@ -24,6 +24,7 @@ from explaind_core.joint import JOINED_BY, OWNER, JointRule, each_optimizer, eac
 from explaind_core.losses import LossFunction, rebuild_loss
 from explaind_core.plain import plain_copy, plain_name
 from explaind_core.plugins import Registry, default_registry
+from explaind_core.provenance import RunDescription
 from explaind_core.queued import settle
 from explaind_core.rereading import read_again
 from explaind_core.schema import COUNT, STEP, mismatch
@@ -603,6 +604,16 @@ class Run:
         for s in set(self._closed.get("snapshots", ())) - set(found) if self._closed and not self._damaged else ():
             self.store.check_file(self.store.snapshot_path(s), what=f"the snapshot after step {s}")
         return [0, *(s for s in found if s <= len(self.steps))]
+
+    @property
+    def bytes(self) -> int:
+        """The size of all files of the run on disk."""
+        return sum(p.stat().st_size for p in self.path.rglob("*") if p.is_file())
+
+    @property
+    def description(self) -> RunDescription:
+        """What the run says of itself: classes, hyper-parameters, versions, seed, commit, data; prints as a table."""
+        return RunDescription.of(self)
 
     def check_files(self, *, progress: bool = True) -> tuple[StoreError, ...]:
         """Read every file of the run and compare it with its checksums: what is damaged or missing, an error each."""

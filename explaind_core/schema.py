@@ -29,6 +29,7 @@ MANIFEST: Any = {
     "buffers": [str],
     "evaluates_elsewhere?": bool,
     "outside?": [str],
+    "provenance?": {"libraries": dict, "git_commit": (None, str)},
 }
 #: What the header of every step holds.
 STEP: Any = {

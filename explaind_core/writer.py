@@ -21,6 +21,7 @@ from explaind_core.iterations import Evaluation
 from explaind_core.losses import describe_loss
 from explaind_core.marks import Marks
 from explaind_core.plain import plain
+from explaind_core.provenance import provenance
 from explaind_core.queued import WriteQueue
 from explaind_core.store import FORMAT, VERSION, RunStore
 from explaind_core.subject import Subject
@@ -75,6 +76,9 @@ class RunWriter:
         self._ever_changed: set[str] = set()
         self._outside: dict[str, Tensor] = {}
         self._failure: ExplaindError | None = None
+        self._data = ""  # the fingerprint of all batches so far
+        #: How many steps this object wrote, and their bytes.
+        self.written = [0, 0]
 
     def start(
         self,
@@ -139,6 +143,7 @@ class RunWriter:
             "mode": self.mode,
             "snapshot_every": self.snapshot_every,
             "environment": environment(subject.device),
+            "provenance": provenance(),
             "model": qualified_name(type(plain(subject.model))),
             **subject.described(),
             "loss": describe_loss(loss),
@@ -186,6 +191,7 @@ class RunWriter:
         self.steps = len(run.steps)
         self.threads = run.manifest.get("environment", {}).get("threads", self.threads)
         self._ever_trained = {n for s in run.steps for group in run.step_header(s)["groups"] for n in group["params"]}
+        self._data = run.step_header(self.steps).get("data", "") if self.steps else ""
         self._stand_behind(run)
         self._snapshot(None)
         (self._store.path / "closed.json").unlink(missing_ok=True)
@@ -300,10 +306,17 @@ class RunWriter:
         if seen.stepped:
             header["stepped"] = seen.stepped
         header["lines"] = self._store.count_lines("metrics.jsonl")
+        header["data"] = self._data = batches.fingerprint(self._data)
         if seen.evaluations:
             header["closure_losses"] = [evaluation.loss for evaluation in seen.evaluations]
         tensors |= {f"group/{k}": t for k, t in group_tensors.items()}
-        self._behind(self._store.step_path(s), header, tensors)
+        path = self._store.step_path(s)
+
+        def write() -> None:
+            size = self._store.write_tensors(path, header, tensors)
+            self.written = [self.written[0] + 1, self.written[1] + size]
+
+        self.queue.put(write)
 
     def _behind(self, path: Path, header: Any, tensors: Mapping[str, Tensor]) -> None:
         """Write a file while training goes on; all of its tensors are copies."""

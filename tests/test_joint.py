@@ -15,7 +15,7 @@ from joint_loops import MUON, OPTIMIZERS, Joint, Nobody, closes
 from torch import nn
 
 import explaind_core as explaind
-from explaind_core import errors, storefiles
+from explaind_core import errors, storefiles, writer
 from explaind_core.replay import Replay
 
 needs_muon = pytest.mark.skipif(not MUON, reason="this torch has no Muon")
@@ -136,6 +136,7 @@ def test_hyper_parameters_of_all_groups_tell_their_optimizer(path, joint):
 
 def test_one_optimizer_in_a_list_is_stored_as_one_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(storefiles, "uuid4", lambda: UUID(int=7))  # two runs never have the same name
+    monkeypatch.setattr(writer, "provenance", lambda: {"libraries": {}, "git_commit": None})  # it tells the time
     stored = []
     for listed in (False, True):
         torch.manual_seed(0)
