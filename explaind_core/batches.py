@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from xxhash import xxh3_128
 
 from explaind_core import trees
 from explaind_core.data import IndexedDataset
