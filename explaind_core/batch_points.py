@@ -158,7 +158,8 @@ class BatchPoint:
                     expected="the same outputs when the batch is passed through the model again",
                     got=got,
                     remedy="let the model draw from torch's own generators, whose state is recorded before every pass "
-                    "through it; or keep only axes other than train",
+                    "through it; give the Recorder the module that the loop calls (a compiled or wrapped one); or keep "
+                    "only axes other than train",
                 )
 
     # ------------------------------------------------------------------ the outputs as functions of the parameters

@@ -74,6 +74,7 @@ class ExplainedFunction:
     ) -> None:
         self.model, self.output = model, output
         self._buffers_at, self._stands_at = buffers_at, -1
+        self._recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
         reference = next(model.parameters())
         self.device, self.dtype = reference.device, reference.dtype
         self.buffers = {n: b.to(self.device) for n, b in buffers.items()}
@@ -102,6 +103,16 @@ class ExplainedFunction:
         #: Test samples that one backward pass takes together.
         self.rows_together: int | None = 64
 
+    @contextmanager
+    def _kernels(self) -> Iterator[None]:
+        """OneDNN's recurrent layers have no derivative in evaluation mode, as they keep nothing for one."""
+        enabled = torch.backends.mkldnn.enabled
+        torch.backends.mkldnn.enabled = enabled and not self._recurrent
+        try:
+            yield
+        finally:
+            torch.backends.mkldnn.enabled = enabled
+
     @property
     def moves(self) -> bool:
         """Whether the buffers moved in training, and f with them."""
@@ -127,7 +138,8 @@ class ExplainedFunction:
 
     def _evaluate_rows(self, theta: Parameters, rows: Rows, count: int) -> Tensor:
         def call(inputs: Any) -> Any:
-            return run_model(lambda *a, **k: functional_call(self.model, {**theta, **self.buffers}, a, k), inputs)
+            with self._kernels():
+                return run_model(lambda *a, **k: functional_call(self.model, {**theta, **self.buffers}, a, k), inputs)
 
         chunk = trees.map_tensors(lambda t: t[rows], self.inputs)
         return flat_rows(self.output.values(self.model, call, chunk, rows), count)
