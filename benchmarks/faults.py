@@ -177,13 +177,13 @@ class Findings:
 
     def table(self, title: str, seconds: float) -> str:
         """All counts, and the first notes."""
-        lines = [title, *(f"  killed {phase:<34} {count:>5}" for phase, count in sorted(self.phases.items()))]
+        lines = [title, *(f"  killed {phase:<50} {count:>5}" for phase, count in sorted(self.phases.items()))]
         lines += [
-            f"  {'kills':<41} {sum(self.phases.values()):>5}",
-            f"  {'finished work lost':<41} {self.lost:>5}",
-            f"  {'wrong results':<41} {self.wrong:>5}",
-            f"  {'unclear errors':<41} {self.unclear:>5}",
-            f"  {'runs that ended before their kill':<41} {self.unfinished:>5}",
+            f"  {'kills':<57} {sum(self.phases.values()):>5}",
+            f"  {'finished work lost':<57} {self.lost:>5}",
+            f"  {'wrong results':<57} {self.wrong:>5}",
+            f"  {'unclear errors':<57} {self.unclear:>5}",
+            f"  {'runs that ended before their kill':<57} {self.unfinished:>5}",
             f"  {seconds:.0f} s",
         ]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes[:20])])
@@ -239,11 +239,27 @@ def ended(process: Any, receive: Connection) -> list[str]:
     return found
 
 
-def kill_after(process: Any, seconds: float) -> None:
-    """Kill a child, if it is not over by then."""
-    process.join(seconds)
-    process.kill()
-    process.join()
+def killed(
+    case: Recording | Attribution, go: Callable[..., object], path: Path, draw: random.Random, findings: Findings
+) -> tuple[float, list[str]]:
+    """Kill a child at a random moment of its time; when it was, and what it had told."""
+    while True:
+        moment = draw.uniform(0, case.seconds)
+        process, receive = child(go)
+        started = time.perf_counter()
+        process.join(moment)
+        took = time.perf_counter() - started
+        process.kill()
+        process.join()
+        messages = told(receive)
+        if process.exitcode == -signal.SIGKILL:
+            return moment, messages
+        if process.exitcode:
+            raise RuntimeError(messages[-1])
+        # It was over: the machine is faster than it was when its time was taken.
+        findings.unfinished += 1
+        case.seconds = took
+        shutil.rmtree(path)
 
 
 # ---------------------------------------------------------------------- recordings
@@ -253,6 +269,7 @@ class Recording:
 
     training: Training
     reference: list[str] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
     logged: list[list[float]] = field(default_factory=list)
     answer: str = ""
     seconds: float = 0.0
@@ -265,6 +282,7 @@ class Recording:
         self.seconds = time.perf_counter() - started
         run = self.training.open(path)
         self.reference, self.logged, self.answer = fingerprints(run), metrics(run), questioned(run)
+        self.files = _files(path)
 
     def examine(self, path: Path, messages: Sequence[str], findings: Findings, *, ask: bool, what: str) -> None:
         """After a kill: read, take up, read again."""
@@ -277,8 +295,9 @@ class Recording:
                 if lost > 0:
                     findings.lost += lost
                     findings.notes.append(f"lost: {what}: {lost} steps of {reported}")
-                found = fingerprints(run)
-                findings.check(found == self.reference[: len(found)], f"{what}: steps 1..{len(run.steps)} as left")
+                if ask or not _files(path).items() <= self.files.items():
+                    found = fingerprints(run)
+                    findings.check(found == self.reference[: len(found)], f"{what}: steps 1..{len(run.steps)} as left")
                 findings.check(metrics(run) == self.logged[: len(metrics(run))], f"{what}: metrics as left")
             elif "recorder" in messages:
                 findings.lost += 1
@@ -286,7 +305,8 @@ class Recording:
             ended(*child(lambda tell: self.training.record(path, tell, resume=begun)))
             run = self.training.open(path)
             findings.check(run.complete, f"{what}: resumed to the end")
-            findings.check(fingerprints(run) == self.reference, f"{what}: steps after resuming")
+            if ask or _files(path) != self.files:
+                findings.check(fingerprints(run) == self.reference, f"{what}: steps after resuming")
             findings.check(metrics(run) == self.logged, f"{what}: metrics after resuming")
             if ask:
                 findings.check(questioned(run) == self.answer, f"{what}: an attribution after resuming")
@@ -294,14 +314,24 @@ class Recording:
             findings.error(error, what)
 
 
+def _files(path: Path) -> dict[str, str]:
+    """What steps and batches are, as they lie there: where all files are the same, so is all that is read from them."""
+    found = [p for name in ("steps", "batches") for p in (path / name).rglob("*.safetensors")]
+    return {
+        p.relative_to(path).as_posix(): blake2b(p.read_bytes(), digest_size=16).hexdigest()
+        for p in [path / "start.safetensors", *found]
+    }
+
+
 def _phase(messages: Sequence[str]) -> str:
     last = messages[-1] if messages else "start-up"
-    return {"recorder": "before the first step", "start-up": "before there is a recorder", "closed": "when closed"}.get(
-        last, "in the loop" if last.startswith("step") else f"while {last}"
-    )
+    if last.startswith(("step", "block")):
+        return "behind the first " + last.split()[0]
+    known = {"recorder": "before the first step", "start-up": "at the start", "closed": "when closed"}
+    return known.get(last, last)
 
 
-def recordings(kills: int, steps: int, modes: Sequence[str], seed: int, seeds: int = 5) -> bool:
+def recordings(kills: int, steps: int, modes: Sequence[str], seed: int, seeds: int) -> bool:
     """Random kills of recordings; whether nothing was lost."""
     holds = True
     for mode in modes:
@@ -313,15 +343,12 @@ def recordings(kills: int, steps: int, modes: Sequence[str], seed: int, seeds: i
                 case.prepare(folder / f"{i}")
             for kill in range(kills):
                 case, path = cases[kill % len(cases)], folder / "killed"
-                moment = draw.uniform(0, case.seconds)
-                process, receive = child(partial(_record, case.training, path))
-                kill_after(process, moment)
-                messages = told(receive)
-                if process.exitcode == 0:
-                    findings.unfinished += 1
+                moment, messages = killed(case, partial(_record, case.training, path), path, draw, findings)
                 findings.phases[_phase(messages)] += 1
                 what = f"kill {kill}, seed {case.training.seed}, after {moment:.3f} s"
                 case.examine(path, messages, findings, ask=kill % 10 == 0, what=what)
+                if kill % 50 == 49:
+                    print(f"{kill + 1} kills", file=sys.stderr, flush=True)
                 shutil.rmtree(path, ignore_errors=True)
         title = f"recording, mode {mode!r}: {steps} steps, killed at random moments"
         print(findings.table(title, time.perf_counter() - started), flush=True)
@@ -437,13 +464,9 @@ def attributions(kills: int, steps: int, seed: int) -> bool:
             started, findings = time.perf_counter(), Findings()
             case.prepare(folder)
             for kill in range(kills // 2):
-                path, moment = folder / "killed.zarr", draw.uniform(0, case.seconds)
-                process, receive = child(partial(_ask, case, path))
-                kill_after(process, moment)
-                messages = told(receive)
-                findings.unfinished += process.exitcode == 0
-                last = messages[-1] if messages else "before the first block"
-                findings.phases["between blocks or in one" if last.startswith("block") else last] += 1
+                path = folder / "killed.zarr"
+                moment, messages = killed(case, partial(_ask, case, path), path, draw, findings)
+                findings.phases[_phase(messages)] += 1
                 what = f"{case.name}, kill {kill}, after {moment:.3f} s"
                 case.examine(path, messages, findings, folder / f"{case.name}.zarr", what)
                 shutil.rmtree(path, ignore_errors=True)
@@ -514,7 +537,7 @@ def every_write(
             kind = "in the middle of a write" if torn else "before a write"
             if process.exitcode not in (KILLED, -signal.SIGXFSZ):
                 findings.error(RuntimeError(messages[-1] if messages else process.exitcode), f"write {position}")
-            findings.phases[f"{kind} ({_phase(messages) if 'block' not in str(messages) else 'blocks'})"] += 1
+            findings.phases[f"{kind}, {_phase(messages)}"] += 1
             examine(messages, findings, f"{kind} {position}")
             for path in folder.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -556,8 +579,8 @@ def writes(modes: Sequence[str], stride: int, steps: int = 3) -> bool:
             question.prepare(base)
             path, reference = folder / "result.zarr", base / f"{question.name}.zarr"
             started = time.perf_counter()
-            go = partial(_ask, question, path)
-            for findings in every_write(folder, go, partial(_after_asking, question, path, reference), stride):
+            go, each = partial(_ask, question, path), stride if stride == 1 else 4 * stride  # many, and much alike
+            for findings in every_write(folder, go, partial(_after_asking, question, path, reference), each):
                 title = f"attribution, {question.name}: 2 blocks, killed at every write"
                 print(findings.table(title, time.perf_counter() - started), flush=True)
                 holds &= findings.holds
@@ -572,14 +595,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of the training: 300, or 60 for attributions")
     parser.add_argument("--modes", default="steps", help="of Recorder, separated by commas")
     parser.add_argument("--stride", type=int, default=1, help="writes: at every so many")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seeds", type=int, default=5, help="so many different trainings")
     given = parser.parse_args()
     modes = given.modes.split(",")
     if modes != ["steps"] and "mode" not in inspect.signature(explaind.Recorder).parameters:
         parser.error("this version records in one mode only: steps")
     torch.set_num_threads(1)  # and no thread before the forks
     if given.what == "recording":
-        holds = recordings(given.kills or 200, given.steps or 300, modes, given.seed)
+        holds = recordings(given.kills or 200, given.steps or 300, modes, given.seed, given.seeds)
     elif given.what == "attribution":
         holds = attributions(given.kills or 50, given.steps or 60, given.seed)
     else:
