@@ -40,6 +40,7 @@ from torch import nn
 import explaind_core as explaind
 from explaind_core import appending, trees
 from explaind_core.errors import ExplaindError
+from explaind_core.queued import WAITING
 
 attribution = importlib.import_module("explaind_core.attribute")  # which the function of the same name hides
 CONTEXT = multiprocessing.get_context("fork")
@@ -102,6 +103,9 @@ class Training:
                 optimizer.step()
                 tell(f"step {s}")
                 recorder.log(norm=_norm(model))
+                if s % 10 == 0:
+                    recorder.flush()
+                    tell(f"written {s}")
             tell("closing")
         tell("closed")
 
@@ -160,7 +164,8 @@ class Findings:
 
     Attributes:
         phases: kills by what the child had last reported. lost: reported as finished, and gone. wrong: differs from
-            what it would have been, and nothing said so. unclear: errors where there should be none.
+            what it would have been, and nothing said so. unclear: errors where there should be none. waiting: the most
+            steps that the loop had made and that were not written yet, as they may be.
     """
 
     phases: Counter[str] = field(default_factory=Counter)
@@ -168,6 +173,7 @@ class Findings:
     wrong: int = 0
     unclear: int = 0
     unfinished: int = 0
+    waiting: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -183,6 +189,7 @@ class Findings:
             f"  {'finished work lost':<57} {self.lost:>5}",
             f"  {'wrong results':<57} {self.wrong:>5}",
             f"  {'unclear errors':<57} {self.unclear:>5}",
+            f"  {'steps made but not yet written, at most':<57} {self.waiting:>5}",
             f"  {'runs that ended before their kill':<57} {self.unfinished:>5}",
             f"  {seconds:.0f} s",
         ]
@@ -228,6 +235,11 @@ def told(receive: Connection) -> list[str]:
         except (EOFError, OSError):  # a message that the kill cut short is none
             receive.close()
             return found
+
+
+def last(messages: Sequence[str], kind: str) -> int:
+    """The number in the last message of a kind, 0 if there is none."""
+    return max((int(m.split()[1]) for m in messages if m.startswith(kind + " ")), default=0)
 
 
 def ended(process: Any, receive: Connection) -> list[str]:
@@ -286,15 +298,17 @@ class Recording:
 
     def examine(self, path: Path, messages: Sequence[str], findings: Findings, *, ask: bool, what: str) -> None:
         """After a kill: read, take up, read again."""
-        reported = max((int(m.split()[1]) for m in messages if m.startswith("step")), default=0)
+        made, written = (last(messages, kind) for kind in ("step", "written"))
         begun = (path / "manifest.json").exists()
         try:
             if begun:
                 run = self.training.open(path)
-                lost = reported - len(run.steps)
+                # Two steps may wait while one is written.
+                lost = max(written, made - WAITING - 1) - len(run.steps)
+                findings.waiting = max(findings.waiting, made - len(run.steps))
                 if lost > 0:
                     findings.lost += lost
-                    findings.notes.append(f"lost: {what}: {lost} steps of {reported}")
+                    findings.notes.append(f"lost: {what}: {lost} steps of {made}, {written} written")
                 if ask or not _files(path).items() <= self.files.items():
                     found = fingerprints(run)
                     findings.check(found == self.reference[: len(found)], f"{what}: steps 1..{len(run.steps)} as left")
@@ -324,11 +338,11 @@ def _files(path: Path) -> dict[str, str]:
 
 
 def _phase(messages: Sequence[str]) -> str:
-    last = messages[-1] if messages else "start-up"
-    if last.startswith(("step", "block")):
-        return "behind the first " + last.split()[0]
+    latest = messages[-1] if messages else "start-up"
+    if latest.startswith(("step", "written", "block")):
+        return "behind the first " + latest.split()[0].replace("written", "step")
     known = {"recorder": "before the first step", "start-up": "at the start", "closed": "when closed"}
-    return known.get(last, last)
+    return known.get(latest, latest)
 
 
 def recordings(kills: int, steps: int, modes: Sequence[str], seed: int, seeds: int) -> bool:
@@ -407,7 +421,7 @@ class Attribution:
 
     def examine(self, path: Path, messages: Sequence[str], findings: Findings, reference: Path, what: str) -> None:
         """After a kill: read, take up, read again."""
-        reported = max((int(m.split()[1]) for m in messages if m.startswith("block")), default=0)
+        reported = last(messages, "block")
         try:
             done = int(ended(*child(lambda tell: self.read(path, reference, tell)))[-1])
             if done < reported:
