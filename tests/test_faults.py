@@ -85,11 +85,11 @@ def test_a_run_without_a_step_is_restored_to_its_beginning(tmp_path):
     with torch.no_grad():
         for parameter in model.parameters():
             optimizer.state[parameter]["momentum_buffer"] = torch.full_like(parameter, 2.0)
-    explaind.Recorder(tmp_path / "run", model, optimizer, torch.nn.MSELoss())
+    explaind.Recorder(tmp_path / "run", model, optimizer, torch.nn.MSELoss()).stop()
     other, fresh, _ = begin(tmp_path / "third")
     with torch.no_grad():
         other.weight.zero_()
     assert explaind.open_run(tmp_path / "run", model=other).restore(other, fresh) == 0
     assert torch.equal(other.weight, model.weight)
     assert torch.equal(fresh.state[other.bias]["momentum_buffer"], torch.full((2,), 2.0))
-    explaind.Recorder(tmp_path / "run", other, fresh, resume=True)
+    explaind.Recorder(tmp_path / "run", other, fresh, resume=True).close()
