@@ -8,6 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from weakref import WeakSet
 
+from explaind_core.locations import is_local, locate
+
 __all__ = ["WAITING", "WriteQueue", "settle"]
 
 #: Steps that may wait to be written: each holds its parameters and gradients in memory.
@@ -34,7 +36,7 @@ class WriteQueue:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.path.abspath(path)
+        self.path = _name(path)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="explaind-writer")
         self._pending: deque[Future[None]] = deque()
         self._error: BaseException | None = None
@@ -85,6 +87,11 @@ class WriteQueue:
                 self._error = error
 
 
+def _name(path: str | os.PathLike[str]) -> str:
+    found = locate(path)
+    return os.path.abspath(found) if is_local(found) else str(found)
+
+
 _OPEN: WeakSet[WriteQueue] = WeakSet()
 
 
@@ -94,6 +101,6 @@ def settle(path: str | os.PathLike[str]) -> None:
     Example:
         >>> settle("runs/example")
     """
-    here = os.path.abspath(path)
+    here = _name(path)
     for queue in [queue for queue in _OPEN if queue.path == here]:
         wait(list(queue._pending))

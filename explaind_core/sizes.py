@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from explaind_core import trees
 from explaind_core.errors import StoreError
 from explaind_core.joint import each_optimizer
+from explaind_core.locations import is_local
 
 __all__ = ["StoreSize", "check_space", "store_size"]
 
@@ -94,6 +95,8 @@ def check_space(path: Path, size: StoreSize) -> None:
     Raises:
         StoreError: it has not.
     """
+    if not is_local(path):  # elsewhere nobody tells
+        return
     folder = next(p for p in (path, *path.absolute().parents) if p.exists())
     free = shutil.disk_usage(folder).free
     if size.total > free:

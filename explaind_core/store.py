@@ -20,13 +20,12 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 from explaind_core.errors import StoreError
 from explaind_core.integrity import damages
-from explaind_core.locations import UNFINISHED
+from explaind_core.locations import UNFINISHED, is_local, look_again, remove
 from explaind_core.schema import COUNT, MANIFEST, mismatch
 from explaind_core.storefiles import MANIFEST_NAME, VERSION, StoredFile, StoreFiles
 from explaind_core.tensorfile import Contents
@@ -46,7 +45,7 @@ class RunStore(StoreFiles):
     """Reads and writes the files of one run; knows their layout and nothing of their meaning.
 
     Args:
-        path: the run's folder.
+        path: the run's folder, or an address that fsspec knows.
         compress: pack tensors with blosc where that makes them shorter; what is read says itself how it is packed.
     """
 
@@ -103,12 +102,13 @@ class RunStore(StoreFiles):
         return self.path.is_dir() and all(path.is_file() and path.name in known for path in self.path.iterdir())
 
     def lock(self) -> None:
-        """Become the only writer of this run, until :meth:`unlock`.
+        """Become the only writer of this run, until :meth:`unlock`; elsewhere than on this machine nobody can tell.
 
         Raises:
             StoreError: another one is, or the folder cannot be written.
         """
-        self._lock = WritingLock(self.path)
+        if is_local(self.path):
+            self._lock = WritingLock(self.path)
 
     def unlock(self) -> None:
         """Let others write the run."""
@@ -120,7 +120,7 @@ class RunStore(StoreFiles):
         """Delete the run, by whoever holds its lock, which is kept."""
         for path in self.path.iterdir():
             if path.name != LOCK_NAME:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                remove(path)
 
     # ------------------------------------------------------------------ manifest
     def read_manifest(self, *, damaged: bool = False) -> dict[str, Any]:
@@ -219,6 +219,7 @@ class RunStore(StoreFiles):
         Raises:
             StoreError: one of the store's folders is a link that leads elsewhere.
         """
+        look_again(self.path)
         folders = [self.path / name for name in ("steps", "snapshots", "batches")]
         folders += sorted(folders[0].iterdir()) if folders[0].is_dir() else []
         for folder in folders:

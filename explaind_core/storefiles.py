@@ -15,7 +15,7 @@ from torch import Tensor
 
 from explaind_core import sealed, trees
 from explaind_core.errors import StoreError
-from explaind_core.locations import NotPlainError, append, opened, read_bytes, replace
+from explaind_core.locations import NotPlainError, append, locate, opened, read_bytes, replace
 from explaind_core.tensorfile import Contents, Damage, encode, read_contents, read_entry
 
 __all__ = ["MANIFEST_NAME", "VERSION", "StoreFiles", "StoredFile"]
@@ -36,12 +36,12 @@ class StoreFiles:
     """Reads and writes files of three kinds in one folder; :class:`explaind_core.store.RunStore` knows which there are.
 
     Args:
-        path: the run's folder.
+        path: the run's folder, or an address that fsspec knows.
         compress: pack tensors with blosc where that makes them shorter; what is read says itself how it is packed.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, compress: bool = True) -> None:
-        self.path = Path(path)
+        self.path = locate(path)
         self.compress = compress
         #: The run's own name, which all its files carry, and the version of their format; known when first needed.
         self._identity: tuple[str, int] | None = None
@@ -151,7 +151,7 @@ class StoreFiles:
     def _write_error(self, path: Path, error: OSError) -> StoreError:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         return StoreError(
-            "the disk is full" if full else f"the run store cannot be written: {error.strerror}",
+            "the disk is full" if full else f"the run store cannot be written: {error.strerror or error}",
             where=path,
             remedy=("free some space" if full else "check the folder's permissions")
             + f"; the steps recorded so far are intact: explaind.open_run({str(self.path)!r}, ...) reads them",
@@ -214,7 +214,7 @@ class StoreFiles:
             raise self._read_error(path, what, error) from error
 
     def _read_error(self, path: Path, what: str, error: OSError) -> StoreError:
-        words = str(error) if isinstance(error, NotPlainError) else error.strerror
+        words = str(error) if isinstance(error, NotPlainError) else error.strerror or error
         return StoreError(f"{what} cannot be read: {words}", where=path, remedy=self._remedy(path))
 
     def unflatten(self, structure: Any, tensors: Mapping[str, Tensor], path: Path, *, what: str) -> Any:
