@@ -201,7 +201,7 @@ class Recorder:
     @property
     def bytes_per_step(self) -> float:
         """The mean size of the files of the steps written so far; before the first, the most that one will need."""
-        count, total = self._writer.written
+        count, total = self._store.steps_written
         return total / count if count else float(self._expected_size.per_step)
 
     # ------------------------------------------------------------------ what the loop calls

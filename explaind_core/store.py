@@ -20,8 +20,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from explaind_core.errors import StoreError
 from explaind_core.integrity import damages
@@ -52,6 +55,8 @@ class RunStore(StoreFiles):
     def __init__(self, path: str | os.PathLike[str], *, compress: bool = True) -> None:
         super().__init__(path, compress=compress)
         self._lock: WritingLock | None = None
+        #: How many steps this object wrote, and their bytes.
+        self.steps_written = (0, 0)
 
     # ------------------------------------------------------------------ layout
     def step_path(self, s: int) -> Path:
@@ -82,6 +87,13 @@ class RunStore(StoreFiles):
     def start_path(self) -> Path:
         """Where theta_0 and the state before step 1 lie."""
         return self.path / "start.safetensors"
+
+    def write_tensors(self, path: Path, header: Any, tensors: Mapping[str, Tensor]) -> int:
+        """Write one file, whole or not at all; returns its size in bytes (errors as in the base)."""
+        size = super().write_tensors(path, header, tensors)
+        if self._is_step(path):
+            self.steps_written = self.steps_written[0] + 1, self.steps_written[1] + size
+        return size
 
     def _is_step(self, path: Path) -> bool:
         # The name is compared with the layout: whatever else lies in these folders is passed over.

@@ -77,8 +77,6 @@ class RunWriter:
         self._outside: dict[str, Tensor] = {}
         self._failure: ExplaindError | None = None
         self._data = ""  # the fingerprint of all batches so far
-        #: How many steps this object wrote, and their bytes.
-        self.written = [0, 0]
 
     def start(
         self,
@@ -310,13 +308,7 @@ class RunWriter:
         if seen.evaluations:
             header["closure_losses"] = [evaluation.loss for evaluation in seen.evaluations]
         tensors |= {f"group/{k}": t for k, t in group_tensors.items()}
-        path = self._store.step_path(s)
-
-        def write() -> None:
-            size = self._store.write_tensors(path, header, tensors)
-            self.written = [self.written[0] + 1, self.written[1] + size]
-
-        self.queue.put(write)
+        self._behind(self._store.step_path(s), header, tensors)
 
     def _behind(self, path: Path, header: Any, tensors: Mapping[str, Tensor]) -> None:
         """Write a file while training goes on; all of its tensors are copies."""
