@@ -74,7 +74,9 @@ class Recorder:
             :class:`explaind_core.data.IndexedDataset`), the first batch is read again at once; with
             ``mode="snapshots"`` it must be given.
         snapshot_every: the optimizer's state is kept after every that many steps.
-        resume: continue the run at ``path``; the model must stand where its last recorded step left it.
+        resume: continue the run at ``path``; the model must stand where its last recorded step left it. A number k
+            continues it behind step k, where the model must stand; the steps after it are deleted (a training that
+            goes on from a checkpoint makes them again).
         overwrite: delete the run at ``path`` first.
         rule: explain the optimizer by this rule, whatever is registered; an :class:`explaind_core.InferredRule` for one
             that nobody has declared. For several optimizers a list, with None for the registered rule.
@@ -127,7 +129,7 @@ class Recorder:
         mode: str = "steps",
         inputs: str | IndexedDataset = "stored",
         snapshot_every: int = 100,
-        resume: bool = False,
+        resume: bool | int = False,
         overwrite: bool = False,
         rule: UpdateRule | Sequence[UpdateRule | None] | None = None,
         scaler: GradScaler | None = None,
@@ -172,8 +174,8 @@ class Recorder:
         if expected_steps is not None:
             check_space(self._store.path, self._expected_size)
         try:
-            if resume:
-                self._writer.resume()
+            if resume is not False:
+                self._writer.resume(None if resume is True else resume)
             else:
                 self._writer.start(loss, train_size, overwrite=overwrite, penalty=penalty)
         except BaseException:  # what refuses the run must not keep others from it

@@ -249,6 +249,13 @@ class RunStore(StoreFiles):
         found = (int(p.stem) for p in (self.path / "snapshots").glob("*.safetensors") if p.stem.isdecimal())
         return sorted(s for s in found if self.snapshot_path(s).exists())
 
+    def delete_after(self, s: int) -> None:
+        """Delete the steps and snapshots after step s, the last one first: what is left is a run at any time."""
+        for later in reversed([t for t in self.found_snapshots() if t > s]):
+            remove(self.snapshot_path(later))
+        for later in reversed([t for t in self.found_steps() if t > s]):
+            remove(self.step_path(later))
+
     def found_batches(self) -> list[Path]:
         """The files of batches."""
         found = (self.path / "batches").glob("*.safetensors")

@@ -156,8 +156,8 @@ class RunWriter:
             "buffers": sorted(subject.buffers()),
         }
 
-    def resume(self) -> None:
-        """Stand behind the last step of the run that is there.
+    def resume(self, after: int | None = None) -> None:
+        """Stand behind the last step of the run that is there, or behind step ``after``: later ones are deleted then.
 
         Raises:
             RecordingError: another optimizer recorded it, or the model does not stand where it ended.
@@ -168,7 +168,9 @@ class RunWriter:
         self._store.read_manifest()
         self._store.check_writable(self._store.path)
         self._store.lock()
-        run = open_run(self._store.path, model=subject.model)
+        recorded = self._store.found_steps()
+        later = after is not None and bool(recorded) and after < recorded[-1]
+        run = open_run(self._store.path, model=subject.model, until=after if later else None)
         trained_by, given = run.manifest["optimizer"], subject.described()["optimizer"]
         if trained_by != given:
             raise RecordingError(
@@ -191,8 +193,10 @@ class RunWriter:
         self._ever_trained = {n for s in run.steps for group in run.step_header(s)["groups"] for n in group["params"]}
         self._data = run.step_header(self.steps).get("data", "") if self.steps else ""
         self._stand_behind(run)
-        self._snapshot(None)
         (self._store.path / "closed.json").unlink(missing_ok=True)
+        if later:  # the model stands where it must: not before is anything deleted
+            self._store.delete_after(self.steps)
+        self._snapshot(None)
 
     def _stand_behind(self, run: Run) -> None:
         """Compare where the model stands with where the run ended."""

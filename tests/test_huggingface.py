@@ -270,13 +270,14 @@ class Stop(transformers.TrainerCallback):
 
     def on_step_end(self, args, state, control, **_):
         control.should_training_stop = state.global_step == self.at
-        control.should_save = control.should_training_stop
 
 
-def test_training_resumes_from_a_checkpoint(tmp_path):
+@pytest.mark.parametrize("lost", [0, 2])
+def test_training_resumes_from_a_checkpoint(tmp_path, lost):
     data, whole, part = Sequences(), tmp_path / "whole", tmp_path / "part"
     train(tmp_path, callback=RecorderCallback(whole), lr_scheduler_type="linear")
-    settings = arguments(tmp_path, save_strategy="steps", save_steps=1000, lr_scheduler_type="linear")
+    # Steps after the last checkpoint: the training goes on before them.
+    settings = arguments(tmp_path, save_strategy="steps", save_steps=5 - lost, lr_scheduler_type="linear")
     for at, resume in ((5, False), (None, True)):
         callback = RecorderCallback(part, resume=resume)
         trainer = Trainer(

@@ -232,6 +232,12 @@ def test_training_resumes_from_a_checkpoint(tmp_path):
     fit(tmp_path, Digits(), RecorderCallback(whole, loss), loader)
     trainer = fit(tmp_path, Digits(), RecorderCallback(part, loss), loader, max_epochs=1)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
+    # Steps that were recorded after the checkpoint are made again.
+    fit(
+        tmp_path, Digits(), RecorderCallback(part, loss, resume=True), loader, ckpt=tmp_path / "last.ckpt",
+        max_epochs=-1, max_steps=6,
+    )  # fmt: skip
+    assert len(explaind.open_run(part).steps) == 6
     fit(tmp_path, Digits(), RecorderCallback(part, loss, resume=True), loader, ckpt=tmp_path / "last.ckpt")
     expected, found = (explaind.open_run(path, model=Digits()) for path in (whole, part))
     assert len(found.steps) == 8

@@ -285,3 +285,38 @@ def test_an_empty_folder_is_free(path):
     with explaind.Recorder(path, loop.model, loop.optimizer) as recorder:
         loop.steps(recorder, 1, 1)
     closes(path)
+
+
+def test_a_run_is_resumed_behind_an_earlier_step(tmp_path):
+    def network():
+        torch.manual_seed(0)
+        return torch.nn.Linear(2, 1).double()
+
+    inputs, targets, loss = torch.randn(4, 2).double(), torch.randn(4, 1).double(), torch.nn.MSELoss()
+
+    def record(model, optimizer, steps, **options):
+        with explaind.Recorder(tmp_path / "run", model, optimizer, loss, snapshot_every=2, **options) as recorder:
+            for _ in range(steps):
+                optimizer.zero_grad()
+                loss(model(inputs), targets).backward()
+                recorder.batch(inputs, targets, ids=range(4))
+                optimizer.step()
+                recorder.log(number=recorder.steps)
+
+    def fresh():
+        model = network()
+        return model, torch.optim.Adam(model.parameters(), lr=0.1)
+
+    record(*fresh(), 7)
+    run = explaind.open_run(tmp_path / "run", model=network())
+    expected = [run.theta(s)["weight"] for s in range(8)]
+    model, optimizer = fresh()
+    run.restore(model, optimizer, 4)
+    with pytest.raises(errors.RecordingError, match="does not stand where step 5"):
+        record(model, optimizer, 1, resume=5)
+    assert len(explaind.open_run(tmp_path / "run").steps) == 7  # nothing was deleted
+    record(model, optimizer, 2, resume=4)
+    run = explaind.open_run(tmp_path / "run", model=network())
+    assert (len(run.steps), run.snapshots(), run.complete) == (6, [0, 2, 4, 6], True)
+    assert all(torch.equal(run.theta(s)["weight"], expected[s]) for s in range(7))
+    assert run.metrics.step.values.tolist() == list(range(1, 7))

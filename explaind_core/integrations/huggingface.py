@@ -94,6 +94,8 @@ class RecorderCallback(TrainerCallback):
             dataset = self._name_samples(loader)
             if options.get("inputs") == "reread":
                 options["inputs"] = dataset
+        if options.get("resume") is True:  # steps after the checkpoint were lost, and will be made again
+            options["resume"] = state.global_step
         self._model = model
         self._handles = _under_autocast(model, args)  # before the Recorder's own hooks, which look at it
         self._watch = CallWatch(model, self._take, returned)

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -39,7 +40,6 @@ def named(loader: DataLoader[Any]) -> DataLoader[Any]:
     """The same loader, its batches' samples named for the callback (see :func:`explaind_core.data.with_ids`).
 
     Example:
-        >>> import torch
         >>> data = [(torch.tensor([float(i)]), i % 2) for i in range(3)]
         >>> [batch.ids.tolist() for batch in named(DataLoader(data, batch_size=2))]
         [[0, 1], [2]]
@@ -107,6 +107,8 @@ class RecorderCallback(Callback):
         options = dict(self.options)
         if options.get("inputs") == "reread":
             options["inputs"] = self._dataset(trainer.train_dataloader)
+        if options.get("resume") is True and _counts_alike(trainer, pl_module):
+            options["resume"] = trainer.global_step  # steps after the checkpoint were lost, and will be made again
         optimizers = trainer.optimizers if len(trainer.optimizers) > 1 else trainer.optimizers[0]
         self.recorder = Recorder(self.path, self._model, optimizers, self.loss, **options)
 
@@ -191,3 +193,9 @@ class RecorderCallback(Callback):
         if self._lightning is not None:
             self._lightning.__dict__.pop("training_step", None)
         self._watch, self._lightning, self._batch = None, None, None
+
+
+def _counts_alike(trainer: Trainer, module: LightningModule) -> bool:
+    """Whether a step of the Trainer is a recorded step: not where optimizers iterate inside, or are several."""
+    one = len(trainer.optimizers) == 1 and module.automatic_optimization
+    return one and not isinstance(trainer.optimizers[0], torch.optim.LBFGS)
