@@ -13,6 +13,7 @@ from explaind_core.checkpoints import attribute_checkpoints
 from explaind_core.coefficients import LinearFilter, RecordedStep, StepCoefficients, UpdateRule
 from explaind_core.decompose import decompose
 from explaind_core.hookspecs import hookimpl
+from explaind_core.imported import import_checkpoints
 from explaind_core.inferred import InferredRule
 from explaind_core.outputs import Activation, Chosen, Function, LogProbabilities, Loss, Output, Outputs
 from explaind_core.plan import Plan, plan
@@ -53,6 +54,7 @@ __all__ = [
     "decompose",
     "errors",
     "hookimpl",
+    "import_checkpoints",
     "importance",
     "open_result",
     "open_run",

@@ -64,7 +64,8 @@ def attribute_checkpoints(
 
     Args:
         checkpoints: state dicts in order, or paths of safetensors files in order; or a folder of safetensors files,
-            whose names differ in one number that tells the order. All are read and checked before any work is done,
+            whose names differ in one number that tells the order; or a store that
+            :func:`explaind_core.import_checkpoints` made. All are read and checked before any work is done,
             then read again where they are needed: at most two are held at a time.
         model: the architecture. It is copied: its weights are never read nor changed.
         inputs: the n test samples: a tensor, or a tuple (positional arguments) or dict (keywords) of tensors.

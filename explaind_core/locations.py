@@ -36,7 +36,7 @@ UNFINISHED = ".unfinished"
 _LONGEST_TEXT = 1 << 30
 
 
-def locate(path: str | os.PathLike[str]) -> Path:
+def locate(path: str | os.PathLike[str] | UPath) -> Path:
     """Where a run lies.
 
     Args:

@@ -12,17 +12,20 @@ from typing import Any
 import safetensors
 import torch
 from torch import Tensor, nn
+from upath import UPath
 
 from explaind_core.errors import NonFiniteError, QuestionError, StoreError
+from explaind_core.imported import CheckpointStore, StoredCheckpoint
+from explaind_core.locations import locate
 from explaind_core.run import ParameterInfo
 
-__all__ = ["Checkpoints", "StateDict"]
+__all__ = ["Checkpoints", "StateDict", "read_checkpoint"]
 
 #: Endings of checkpoints that hold pickled code, which is never run here.
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 StateDict = Mapping[str, Tensor]
-Source = StateDict | Path
+Source = StateDict | Path | StoredCheckpoint
 
 
 @dataclass(frozen=True)
@@ -70,20 +73,23 @@ class Checkpoints:
         parameters = {n: ParameterInfo(p.shape, p.dtype, p.requires_grad) for n, p in model.named_parameters()}
         last: StateDict = {}
         for source, label in zip(sources, found, strict=True):
-            last = _read(source, label)
+            last = read_checkpoint(source, label)
             _check(last, label, parameters, known)
         held = {n: _buffer(n, b, n in known, last, buffers, found[-1]) for n, b in model.named_buffers()}
         return cls(sources, found, parameters, held)
 
     def theta(self, index: int) -> dict[str, Tensor]:
         """One checkpoint's parameters."""
-        state = _read(self.sources[index], self.labels[index])
+        state = read_checkpoint(self.sources[index], self.labels[index])
         return {n: state[n].detach() for n in self.parameters}
 
 
 def _sources(checkpoints: Any) -> tuple[list[Source], list[int | str]]:
-    if isinstance(checkpoints, str | os.PathLike):
-        return _folder(Path(checkpoints))
+    if isinstance(checkpoints, str | os.PathLike | UPath):
+        folder = locate(checkpoints)
+        store = CheckpointStore(folder)
+        labels = store.labels()
+        return _folder(folder) if labels is None else ([StoredCheckpoint(store, i) for i in range(len(labels))], labels)
     if not isinstance(checkpoints, Sequence) or not all(
         isinstance(c, Mapping | str | os.PathLike) for c in checkpoints
     ):
@@ -128,7 +134,14 @@ def _folder(folder: Path) -> tuple[list[Source], list[int | str]]:
     return [paths[i] for i in order], [numbers[i][varying[0]] if varying else i for i in order]
 
 
-def _read(source: Source, label: int | str) -> StateDict:
+def read_checkpoint(source: Source, label: int | str) -> StateDict:
+    """One checkpoint's state dict.
+
+    Raises:
+        StoreError: a file is missing, damaged or not a safetensors file.
+    """
+    if isinstance(source, StoredCheckpoint):
+        return source.read()
     if not isinstance(source, Path):
         return source
     try:

@@ -218,7 +218,7 @@ def test_paths_are_taken_in_the_order_given(tmp_path):
 
 
 def test_at_most_two_checkpoints_are_held_at_a_time(tmp_path, monkeypatch):
-    read, alive = statedicts._read, []
+    read, alive = statedicts.read_checkpoint, []
 
     def watched(source, label):
         state = {n: t.clone() for n, t in read(source, label).items()}  # not a view of a file that is mapped
@@ -228,7 +228,7 @@ def test_at_most_two_checkpoints_are_held_at_a_time(tmp_path, monkeypatch):
         alive.append([weakref.ref(t) for t in state.values()])
         return state
 
-    monkeypatch.setattr(statedicts, "_read", watched)
+    monkeypatch.setattr(statedicts, "read_checkpoint", watched)
     reference = ask(nodes=1)
     count = len(alive)
     assert ask(save(tmp_path), labels=range(4), nodes=1).identical(reference)
