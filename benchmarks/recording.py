@@ -1,7 +1,8 @@
 """What recording costs in each mode: the demo's training with a Recorder, beside the same training without one.
 
-All trainings start alike and take turns, some steps at a time, so that a noisy machine slows all of them. Bytes are
-those of the steps and snapshots, over the size of the parameters: 1.0 is one copy of them a step.
+All trainings start alike and take turns, some steps at a time, so that a noisy machine slows all of them. Seconds of
+the processor, with one thread for torch, tell the same on a machine that is busy otherwise. Bytes are those of the
+steps and snapshots, over the size of the parameters: 1.0 is one copy of them a step.
 """
 
 from __future__ import annotations
@@ -47,26 +48,31 @@ def written(path: str) -> int:
     return sum(p.stat().st_size for part in ("steps", "snapshots") for p in Path(path, part).rglob("*.safetensors"))
 
 
-def main(rounds: int = 20, steps: int = 10, every: int = 50) -> None:
+def main(rounds: int = 20, steps: int = 10, every: int = 50, threads: int = 0) -> None:
     """Print the seconds and the bytes of a step in each mode."""
+    if threads:
+        torch.set_num_threads(threads)
     for evaluate in (False, True):
         with tempfile.TemporaryDirectory() as folder:
             loops = {mode: training(f"{folder}/{mode}", mode, evaluate, every) for mode in MODES}
             seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+            processor: dict[str, list[float]] = {mode: [] for mode in MODES}
             size = 0
             for turn in range(rounds + 1):
                 for mode, loop in loops.items():
-                    start = time.perf_counter()
+                    start, used = time.perf_counter(), time.process_time()
                     for _ in range(steps):
                         size = next(loop)
                     if turn:  # the first is for warming up
                         seconds[mode].append((time.perf_counter() - start) / steps)
+                        processor[mode].append(time.process_time() - used)
             print("the demo's loop (accuracies before every step)" if evaluate else "forward, backward, step only")
             for mode in MODES:
-                mean = sum(seconds[mode]) / rounds
-                ratios = sorted(a / b for a, b in zip(seconds[mode], seconds["plain"], strict=True))
-                line = f"  {mode:<11} {1e3 * mean:6.1f} ms a step, ratio of totals "
-                line += f"{mean * rounds / sum(seconds['plain']):.3f}, median of turns {ratios[rounds // 2]:.3f}"
+                line = f"  {mode:<11} {1e3 * sum(seconds[mode]) / rounds:6.1f} ms a step, of plain"
+                for what, spent in (("time", seconds), ("processor time", processor)):
+                    ratios = sorted(a / b for a, b in zip(spent[mode], spent["plain"], strict=True))
+                    total = sum(spent[mode]) / sum(spent["plain"])
+                    line += f", {what} {total:.3f} (median of turns {ratios[rounds // 2]:.3f})"
                 if mode != "plain":
                     copies = written(f"{folder}/{mode}") / ((rounds + 1) * steps) / (4 * size)
                     line += f", {copies:.3f} x 4 bytes x parameters"

@@ -14,6 +14,8 @@ __all__ = ["WAITING", "WriteQueue", "settle"]
 
 #: Steps that may wait to be written: each holds its parameters and gradients in memory.
 WAITING = 2
+#: Writes of fewer bytes are not worth waking a thread for: Python hands over to it for milliseconds.
+SMALL = 2**20
 
 
 class WriteQueue:
@@ -42,13 +44,20 @@ class WriteQueue:
         self._error: BaseException | None = None
         _OPEN.add(self)
 
-    def put(self, write: Callable[[], object]) -> None:
+    def put(self, write: Callable[[], object], size: int = SMALL) -> None:
         """Queue a write; waits while :data:`WAITING` others do.
 
+        Args:
+            size: its bytes; a small one is run at once if none is waiting.
+
         Raises:
-            StoreError: an earlier write failed.
+            StoreError: this or an earlier write failed.
         """
         self.check()
+        if size < SMALL and not self._pending:
+            self._run(write)
+            self.check()
+            return
         while len(self._pending) > WAITING:  # one of them is being written
             self._pending.popleft().result()
         self.check()

@@ -315,8 +315,9 @@ class RunWriter:
         self._behind(self._store.step_path(s), header, tensors)
 
     def _behind(self, path: Path, header: Any, tensors: Mapping[str, Tensor]) -> None:
-        """Write a file while training goes on; all of its tensors are copies."""
-        self.queue.put(lambda: self._store.write_tensors(path, header, tensors))
+        """Write a file, a large one while training goes on; all of its tensors are copies."""
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        self.queue.put(lambda: self._store.write_tensors(path, header, tensors), size)
 
     def _position(self, theta: Mapping[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
         """What tells where the model stands after the coming step."""

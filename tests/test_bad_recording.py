@@ -221,9 +221,8 @@ def test_a_full_disk_loses_nothing(loop, monkeypatch):
 
     loop.recorder.flush()
     monkeypatch.setattr(locations, "write", full)
-    loop.step()
     with pytest.raises(errors.StoreError, match=r"the disk is full[\s\S]*free some space; [\s\S]* are intact"):
-        loop.recorder.flush()
+        loop.step()
     monkeypatch.undo()
     assert loop.readable() == 1
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
+
 import pytest
 import torch
-from mode_trainings import TRAININGS, record
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mode_trainings import TRAININGS, Training, cnn, record
 
 import explaind_core as explaind
 
@@ -54,3 +58,18 @@ def test_attribution_is_the_same(runs, mode):
     for a, b in zip(*explained, strict=True):
         assert a.drift == b.drift
         assert a.error == b.error
+
+
+@settings(max_examples=8, deadline=None, database=None)
+@given(every=st.integers(1, 6), count=st.integers(1, 6), asked=st.lists(st.integers(1, 6), min_size=1, max_size=4))
+def test_any_distance_of_snapshots_any_length_any_order_of_questions(every, count, asked):
+    training = Training(model=cnn, pieces=(3, 2), clip_norm=0.5)
+    with tempfile.TemporaryDirectory() as folder:
+        reference = record(training, f"{folder}/steps", count)
+        for mode in ("parameters", "snapshots"):
+            run = record(training, f"{folder}/{mode}", count, mode=mode, snapshot_every=every)
+            for s in [s for s in asked if s <= count]:
+                assert same(run.gradients(s), reference.gradients(s))
+                assert same(run.theta(s), reference.theta(s))
+                assert same(run.buffers(s - 1), reference.buffers(s - 1))
+            run.close()

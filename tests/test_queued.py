@@ -60,13 +60,35 @@ def test_after_an_error_nothing_is_written_and_every_call_raises_it():
     assert made == []
 
 
+def test_small_writes_are_run_at_once_unless_others_wait():
+    queue, going, made = WriteQueue("nowhere"), threading.Event(), []
+    queue.put(lambda: made.append(threading.current_thread() is threading.main_thread()), 1)
+    assert made == [True]
+    queue.put(lambda: (going.wait(10), made.append("large")))
+    queue.put(lambda: made.append("small"), 1)
+    assert made == [True]
+    going.set()
+    queue.close()
+    assert made == [True, "large", "small"]
+
+
+def test_a_small_write_that_fails_stops_those_behind_it():
+    queue, made = WriteQueue("nowhere"), []
+    with pytest.raises(ZeroDivisionError):
+        queue.put(lambda: 1 / 0, 1)
+    with pytest.raises(ZeroDivisionError):
+        queue.put(lambda: made.append(1), 1)
+    assert made == []
+
+
 def slowly(monkeypatch):
+    monkeypatch.setattr("explaind_core.queued.SMALL", 0)
     write = RunStore.write_tensors
 
     def slow(self, path, header, tensors):
         if "steps" in path.parts:
             time.sleep(0.05)
-        write(self, path, header, tensors)
+        return write(self, path, header, tensors)
 
     monkeypatch.setattr(RunStore, "write_tensors", slow)
 
@@ -107,8 +129,10 @@ from explaind_core.store import RunStore
 write = RunStore.write_tensors
 def slow(self, path, header, tensors):
     time.sleep(0.1 if "steps" in path.parts else 0)
-    write(self, path, header, tensors)
+    return write(self, path, header, tensors)
 RunStore.write_tensors = slow
+import explaind_core.queued
+explaind_core.queued.SMALL = 0
 loop = test_queued.Loop({path!r})
 for _ in range(6):
     loop.step()

@@ -197,7 +197,7 @@ def test_after_a_full_disk_the_gap_is_noticed(path, recorder, loop, monkeypatch)
     recorder.flush()
     monkeypatch.setattr(RunStore, "_write", full)
     with pytest.raises(errors.StoreError, match="the disk is full"):
-        loop.steps(recorder, 2, 9)  # it is noticed when another step is made, at the latest when three are waiting
+        loop.steps(recorder, 2, 2)
     monkeypatch.undo()
     with pytest.raises(errors.StoreError, match="the disk is full"):
         loop.steps(recorder, 10, 10)
