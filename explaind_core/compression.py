@@ -1,8 +1,8 @@
 """Bytes as compressed chunks: blosc, which sorts the bits of numbers by their place and packs them with LZ4.
 
-Measured on float32 parameters and gradients of the paper's Transformer (``benchmarks/compression.py``): 0.7 to 1.4 GB/s a
-core to pack, 1.2 to 3 GB/s to unpack; parameters take 87 % of their size, gradients 58 % to 72 %. Zstandard would take
-some percent less at 0.1 to 0.3 GB/s.
+Measured on float32 parameters and gradients of the paper's Transformer (``benchmarks/compression.py``): 0.7 to 1.4 GB/s
+a core to pack, 1.2 to 3 GB/s to unpack; parameters take 87 % of their size, gradients 58 % to 72 %. Zstandard would
+take some percent less at 0.1 to 0.3 GB/s.
 """
 
 from __future__ import annotations
