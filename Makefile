@@ -9,7 +9,7 @@ demo: $(VENV)/installed
 	$(BIN)/explaind demo $(ARGS)
 
 test: check
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS)

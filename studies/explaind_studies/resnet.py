@@ -37,8 +37,8 @@ class ResNet9(nn.Module):
 
     Its shape is that of the ResNet-9 that data attribution is usually measured on, with ReLU and without
     normalisation: convolutions to w, 2w (5 x 5, stride 2), a residual block, 4w, max pooling, a residual block, 2w, the
-    largest value of each channel, a linear layer without bias, times ``scale``. BatchNorm would couple the samples
-    of a batch, so that no share of a gradient would be one sample's own.
+    largest value of each channel, a linear layer without bias, times ``scale``. Without BatchNorm, samples of a
+    batch are not coupled: a share of a gradient is one sample's own.
 
     Args:
         width: w, the channels of the first convolution. classes: how many. scale: of the logits.
