@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -333,6 +334,12 @@ def test_what_cannot_be_recorded_is_refused(tmp_path):
         train(tmp_path, callback=RecorderCallback(tmp_path / "b", lambda logits, _: logits.square().mean()))
     with pytest.raises(errors.RecordingError, match="has no targets"):
         train(tmp_path, callback=RecorderCallback(tmp_path / "c", targets="answers"))
+    for option in ({"fp16": True}, {"torch_compile": True}, {"deepspeed": "x"}, {"n_gpu": 2}, {"world_size": 2}):
+        plain = {"world_size": 1, "n_gpu": 1, "deepspeed": None, "fsdp": None, "torch_compile": False, "fp16": False}
+        with pytest.raises(errors.RecordingError, match="cannot be recorded by the callback"):
+            RecorderCallback(tmp_path / "d").on_train_begin(
+                SimpleNamespace(**{**plain, **option}), None, None, model=tiny(), train_dataloader=None
+            )
     with pytest.raises(errors.RecordingError, match="which loss"):
         loss_of(transformers.BertModel(tiny().config))
 

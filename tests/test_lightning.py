@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -317,3 +319,11 @@ def test_what_cannot_be_recorded_is_refused(tmp_path):
     callback = RecorderCallback(tmp_path / "c", loss, inputs="reread")
     with pytest.raises(errors.StoreError, match="not as they were"):  # noise without a seed
         fit(tmp_path, Digits(), callback, named(DataLoader(Noisy(), 60)))
+    trainer = SimpleNamespace(
+        world_size=1, precision="16-mixed", precision_plugin=SimpleNamespace(scaler=object()), optimizers=[None]
+    )
+    with pytest.raises(errors.RecordingError, match="a scaled loss"):
+        RecorderCallback(tmp_path / "d", loss).on_train_start(trainer, Digits())
+    trainer.world_size = 2
+    with pytest.raises(errors.RecordingError, match="several processes"):
+        RecorderCallback(tmp_path / "d", loss).on_train_start(trainer, Digits())

@@ -55,8 +55,8 @@ class RecorderCallback(TrainerCallback):
         recorder: the Recorder of the training that runs, or ran.
 
     Raises:
-        RecordingError: in ``trainer.train()``: several processes or devices; a compiled model; a dataset without
-            positions; the declared loss is not the one that is trained on.
+        RecordingError: in ``trainer.train()``: several processes or devices, shards; a compiled model; fp16; a dataset
+            without positions; the declared loss is not the one that is trained on.
     """
 
     def __init__(
@@ -230,12 +230,17 @@ def _check_supported(args: TrainingArguments) -> None:
     refused: Mapping[str, tuple[bool, str]] = {
         "several processes": (args.world_size > 1, f"world_size={args.world_size}"),
         "several devices": (args.n_gpu > 1, f"n_gpu={args.n_gpu}"),
+        "parameters in shards": (bool(args.deepspeed or args.fsdp), "deepspeed or fsdp"),
         "a compiled model": (bool(args.torch_compile), "torch_compile=True"),
+        "a scaled loss": (bool(args.fp16), "fp16=True"),
     }
     for what, (found, got) in refused.items():
         if found:
             raise RecordingError(
-                f"{what} cannot be recorded", where="TrainingArguments", expected="one process, one device", got=got
+                f"{what} cannot be recorded by the callback",
+                where="TrainingArguments",
+                expected="one process and device, a plain model, single, double or bfloat16 precision",
+                got=got,
             )
 
 

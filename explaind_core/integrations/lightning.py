@@ -66,7 +66,7 @@ class RecorderCallback(Callback):
         recorder: the Recorder of the training that runs, or ran.
 
     Raises:
-        RecordingError: in ``trainer.fit()``: several processes; no optimizer; a loader that does not name its samples;
+        RecordingError: in ``trainer.fit()``: several processes; no optimizer; fp16; a loader that names no samples;
             the declared loss is not the one that is trained on.
     """
 
@@ -94,6 +94,13 @@ class RecorderCallback(Callback):
         if trainer.world_size > 1:
             raise RecordingError(
                 "several processes cannot be recorded", where="Trainer", expected="devices=1", got=trainer.world_size
+            )
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            raise RecordingError(
+                "a scaled loss cannot be recorded by the callback",
+                where="Trainer",
+                expected="precision='bf16-mixed', or none that is mixed",
+                got=trainer.precision,
             )
         if not trainer.optimizers:
             raise RecordingError("there is no optimizer", where="configure_optimizers", expected="at least one")
