@@ -107,7 +107,7 @@ class ExplainedFunction:
     def _kernels(self) -> Iterator[None]:
         """OneDNN's recurrent layers have no derivative in evaluation mode, as they keep nothing for one."""
         enabled = torch.backends.mkldnn.enabled
-        torch.backends.mkldnn.enabled = enabled and not self._recurrent
+        torch.backends.mkldnn.enabled = enabled and not self._recurrent  # type: ignore[assignment]
         try:
             yield
         finally:
