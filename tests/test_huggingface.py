@@ -236,6 +236,14 @@ def test_dropout_is_kept_as_a_random_state(tmp_path):
         run.loss(model(**micro.inputs), micro.targets).backward()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, run.gradients(1)[name])
+    run = explaind.open_run(tmp_path / "run", model=returning_logits(model))
+    batch = pad([Sequences()[i] for i in range(2)])
+    inputs = {n: batch[n] for n in ("input_ids", "attention_mask")}
+    result = explaind.attribute(
+        run, inputs, keep=("train", "test"), output=explaind.Chosen(batch["labels"]), nodes=2, progress=False
+    )
+    assert result.sizes["train"] == 13
+    assert explaind.closure_error(result) < 1e-12
 
 
 @pytest.mark.parametrize("options", [{}, {"bf16": True, "gradient_accumulation_steps": 2}], ids=["plain", "bf16"])
