@@ -40,7 +40,6 @@ from torch import nn
 import explaind_core as explaind
 from explaind_core import appending, trees
 from explaind_core.errors import ExplaindError
-from explaind_core.queued import WAITING
 
 attribution = importlib.import_module("explaind_core.attribute")  # which the function of the same name hides
 CONTEXT = multiprocessing.get_context("fork")
@@ -164,8 +163,7 @@ class Findings:
 
     Attributes:
         phases: kills by what the child had last reported. lost: reported as finished, and gone. wrong: differs from
-            what it would have been, and nothing said so. unclear: errors where there should be none. waiting: the most
-            steps that the loop had made and that were not written yet, as they may be.
+            what it would have been, and nothing said so. unclear: errors where there should be none.
     """
 
     phases: Counter[str] = field(default_factory=Counter)
@@ -173,7 +171,6 @@ class Findings:
     wrong: int = 0
     unclear: int = 0
     unfinished: int = 0
-    waiting: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -189,7 +186,6 @@ class Findings:
             f"  {'finished work lost':<57} {self.lost:>5}",
             f"  {'wrong results':<57} {self.wrong:>5}",
             f"  {'unclear errors':<57} {self.unclear:>5}",
-            f"  {'steps made but not yet written, at most':<57} {self.waiting:>5}",
             f"  {'runs that ended before their kill':<57} {self.unfinished:>5}",
             f"  {seconds:.0f} s",
         ]
@@ -303,9 +299,7 @@ class Recording:
         try:
             if begun:
                 run = self.training.open(path)
-                # Two steps may wait while one is written.
-                lost = max(written, made - WAITING - 1) - len(run.steps)
-                findings.waiting = max(findings.waiting, made - len(run.steps))
+                lost = max(written, made) - len(run.steps)
                 if lost > 0:
                     findings.lost += lost
                     findings.notes.append(f"lost: {what}: {lost} steps of {made}, {written} written")

@@ -1,4 +1,4 @@
-"""Files written behind the back of the training loop, in order, and at most a few at a time."""
+"""Files written at once or, where that is asked for, behind the training loop: in order, a few at a time."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from weakref import WeakSet
 
 from explaind_core.locations import is_local, locate
 
-__all__ = ["WAITING", "WriteQueue", "settle"]
+__all__ = ["WriteQueue", "settle"]
 
-#: Steps that may wait to be written: each holds its parameters and gradients in memory.
-WAITING = 2
 #: Writes of fewer bytes are not worth waking a thread for: Python hands over to it for milliseconds.
 SMALL = 2**20
 
 
 class WriteQueue:
-    """Runs the writes of one run, one after the other, in a thread of their own.
+    """Runs the writes of one run, one after the other, at once or in a thread of their own.
 
     After a write that failed no other one is run, so that no gap appears, and every later call raises its error.
     Whatever is queued is written before the interpreter ends, unless it is killed.
 
     Args:
         path: of the run.
+        waiting: how many may wait for the one that is being written; 0 to write at once. Each holds a step's parameters
+            and gradients in memory, and is lost if the process is killed.
 
     Example:
-        >>> done, queue = [], WriteQueue("runs/example")
+        >>> done, queue = [], WriteQueue("runs/example", waiting=2)
         >>> for k in range(5):
         ...     queue.put(lambda k=k: done.append(k))
         >>> queue.flush()
@@ -37,15 +37,15 @@ class WriteQueue:
         >>> queue.close()
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = _name(path)
+    def __init__(self, path: str | os.PathLike[str], waiting: int = 0) -> None:
+        self.path, self.waiting = _name(path), waiting
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="explaind-writer")
         self._pending: deque[Future[None]] = deque()
         self._error: BaseException | None = None
         _OPEN.add(self)
 
     def put(self, write: Callable[[], object], size: int = SMALL) -> None:
-        """Queue a write; waits while :data:`WAITING` others do.
+        """Queue a write; waits while as many others do as may.
 
         Args:
             size: its bytes; a small one is run at once if none is waiting.
@@ -54,11 +54,11 @@ class WriteQueue:
             StoreError: this or an earlier write failed.
         """
         self.check()
-        if size < SMALL and not self._pending:
+        if not self.waiting or (size < SMALL and not self._pending):
             self._run(write)
             self.check()
             return
-        while len(self._pending) > WAITING:  # one of them is being written
+        while len(self._pending) > self.waiting:  # one of them is being written
             self._pending.popleft().result()
         self.check()
         self._pending.append(self._thread.submit(self._run, write))

@@ -74,6 +74,8 @@ class Recorder:
             :class:`explaind_core.data.IndexedDataset`), the first batch is read again at once; with
             ``mode="snapshots"`` it must be given.
         snapshot_every: the optimizer's state is kept after every that many steps.
+        write_behind: so many steps may wait to be written, by a thread beside the loop, for the one that is written.
+            By default every step is on disk when ``optimizer.step()`` returns; a killed process loses those that wait.
         resume: continue the run at ``path``; the model must stand where its last recorded step left it. A number k
             continues it behind step k, where the model must stand; the steps after it are deleted (a training that
             goes on from a checkpoint makes them again).
@@ -129,6 +131,7 @@ class Recorder:
         mode: str = "steps",
         inputs: str | IndexedDataset = "stored",
         snapshot_every: int = 100,
+        write_behind: int = 0,
         resume: bool | int = False,
         overwrite: bool = False,
         rule: UpdateRule | Sequence[UpdateRule | None] | None = None,
@@ -155,7 +158,7 @@ class Recorder:
                 "unknown compression", where="compression", expected="'blosc' or None", got=compression
             )
         self._store = RunStore(path, compress=compression is not None)
-        self._writer = RunWriter(self._store, self._subject, snapshot_every, mode)
+        self._writer = RunWriter(self._store, self._subject, snapshot_every, mode, write_behind)
         self._early = None if mode == "steps" else EarlyCheck(self._subject, mode, loss, gradient, penalty)
         self._modelled = gradient is None  # the model is called as it is, by the default recipe
         self._reading: dict[str, Any] = {"rule": rule, "registry": registry, "make_optimizer": make_optimizer}

@@ -64,10 +64,12 @@ class RunWriter:
         last: the parameters that the last one left, where they are written at every step.
     """
 
-    def __init__(self, store: RunStore, subject: Subject, snapshot_every: int, mode: str = "steps") -> None:
+    def __init__(
+        self, store: RunStore, subject: Subject, snapshot_every: int, mode: str = "steps", write_behind: int = 0
+    ) -> None:
         self._store, self._subject, self.snapshot_every, self.mode = store, subject, snapshot_every, mode
         self.steps, self.threads = 0, torch.get_num_threads()
-        self.queue = WriteQueue(store.path)
+        self.queue = WriteQueue(store.path, write_behind)
         self.marks = Marks(subject) if mode == "snapshots" else None
         self.last: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}

@@ -155,7 +155,7 @@ def contents(path) -> dict[str, bytes]:
         {"keep": ("step", "test")},
         {"output": explaind.Outputs([0])},
     ],
-    ids=repr,
+    ids=["steps", "layers", "parts", "nodes", "adaptive", "keep", "output"],
 )
 def test_the_result_of_another_question_is_not_touched(tmp_path, other):
     first = ask(tmp_path / "result.zarr").load()

@@ -13,9 +13,11 @@ from torch import nn
 
 import explaind_core as explaind
 from explaind_core import errors
-from explaind_core.queued import WAITING, WriteQueue
+from explaind_core.queued import WriteQueue
 from explaind_core.store import RunStore
 
+#: Steps that may wait for the one that is being written.
+WAITING = 2
 X, Y = torch.randn(4, 3), torch.randn(4, 2)
 
 
@@ -23,7 +25,9 @@ class Loop:
     def __init__(self, path):
         self.path, self.model = path, nn.Linear(3, 2)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
-        self.recorder = explaind.Recorder(path, self.model, self.optimizer, nn.MSELoss(), snapshot_every=2)
+        self.recorder = explaind.Recorder(
+            path, self.model, self.optimizer, nn.MSELoss(), snapshot_every=2, write_behind=WAITING
+        )
 
     def step(self):
         self.optimizer.zero_grad()
@@ -33,7 +37,7 @@ class Loop:
 
 
 def test_at_most_two_steps_wait_while_one_is_written():
-    queue, going, made = WriteQueue("nowhere"), threading.Event(), []
+    queue, going, made = WriteQueue("nowhere", WAITING), threading.Event(), []
     for k in range(WAITING + 1):
         queue.put(lambda k=k: (going.wait(10), made.append(k)))
     late = threading.Thread(target=lambda: queue.put(lambda: made.append("late")))
@@ -48,7 +52,7 @@ def test_at_most_two_steps_wait_while_one_is_written():
 
 
 def test_after_an_error_nothing_is_written_and_every_call_raises_it():
-    queue, made = WriteQueue("nowhere"), []
+    queue, made = WriteQueue("nowhere", WAITING), []
 
     def fail():
         raise errors.StoreError("the disk is full")
@@ -61,7 +65,7 @@ def test_after_an_error_nothing_is_written_and_every_call_raises_it():
 
 
 def test_small_writes_are_run_at_once_unless_others_wait():
-    queue, going, made = WriteQueue("nowhere"), threading.Event(), []
+    queue, going, made = WriteQueue("nowhere", WAITING), threading.Event(), []
     queue.put(lambda: made.append(threading.current_thread() is threading.main_thread()), 1)
     assert made == [True]
     queue.put(lambda: (going.wait(10), made.append("large")))
@@ -73,7 +77,7 @@ def test_small_writes_are_run_at_once_unless_others_wait():
 
 
 def test_a_small_write_that_fails_stops_those_behind_it():
-    queue, made = WriteQueue("nowhere"), []
+    queue, made = WriteQueue("nowhere", WAITING), []
     with pytest.raises(ZeroDivisionError):
         queue.put(lambda: 1 / 0, 1)
     with pytest.raises(ZeroDivisionError):
@@ -151,3 +155,25 @@ def test_a_killed_process_leaves_no_gap_and_one_that_ends_leaves_all(tmp_path, k
     steps = explaind.open_run(tmp_path / "run").steps
     assert 6 - WAITING - 1 <= len(steps) <= 6
     assert kill or len(steps) == 6
+
+
+def test_by_default_every_step_is_written_when_it_is_over(tmp_path, monkeypatch):
+    """Large ones, too: a killed process loses none."""
+    monkeypatch.setattr("explaind_core.queued.SMALL", 0)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = explaind.Recorder(tmp_path / "run", model, optimizer, nn.MSELoss())
+    writers, write = set(), RunStore.write_tensors
+
+    def seen(self, path, *arguments):
+        writers.add(threading.current_thread())
+        write(self, path, *arguments)
+
+    monkeypatch.setattr(RunStore, "write_tensors", seen)
+    for s in range(1, 4):
+        nn.functional.mse_loss(model(X), Y).backward()
+        recorder.batch(X, Y, ids=range(4))
+        optimizer.step()
+        assert RunStore(tmp_path / "run").step_path(s).exists()
+    assert writers == {threading.current_thread()}
+    recorder.close()
