@@ -24,8 +24,8 @@ from explaind_core import trees
 from explaind_core.errors import QuestionError, RecordingError
 from explaind_core.feature_maps import differentiable_kernels
 from explaind_core.losses import LossFunction
+from explaind_core.microbatches import MicroBatch
 from explaind_core.outputs import run_model
-from explaind_core.run import MicroBatch
 
 __all__ = ["BatchPoint", "rebuilt", "tolerance"]
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from explaind_core.coefficients import qualified_name
 from explaind_core.errors import ExplaindError, RecordingError
+from explaind_core.microbatches import MicroBatch
 from explaind_core.plain import plain_copy
 from explaind_core.recipes import GradientFunction, Recipe, candidates, different
-from explaind_core.run import MicroBatch, open_run
+from explaind_core.run import open_run
 from explaind_core.subject import Subject
 
 __all__ = ["MODES", "EarlyCheck", "check_mode", "no_pass"]

@@ -22,8 +22,8 @@ from explaind_core import trees
 from explaind_core.errors import QuestionError
 from explaind_core.forwards import ForwardState
 from explaind_core.losses import LossFunction
+from explaind_core.microbatches import MicroBatch
 from explaind_core.outputs import run_model
-from explaind_core.run import MicroBatch
 
 __all__ = ["GradientFunction", "Recipe", "candidates"]
 

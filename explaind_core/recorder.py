@@ -26,10 +26,11 @@ from explaind_core.finite import check_gradients
 from explaind_core.forwards import ForwardWatch
 from explaind_core.iterations import Evaluation, IterationSplitter
 from explaind_core.joint import OWNER, each_optimizer, each_rule
+from explaind_core.microbatches import MicroBatch
 from explaind_core.plugins import RegisteredRule, Registry, default_registry
 from explaind_core.recipes import GradientFunction
 from explaind_core.rounds import Rounds
-from explaind_core.run import MicroBatch, OptimizerFactory
+from explaind_core.run_rules import OptimizerFactory
 from explaind_core.scaling import ScalerWatch, check_scaler
 from explaind_core.sizes import check_space, store_size
 from explaind_core.store import RunStore

@@ -22,7 +22,7 @@ from explaind_core.factors import slices
 from explaind_core.feature_maps import differentiable_kernels
 from explaind_core.fed_gradients import fit_factor, nearest_factor
 from explaind_core.losses import LossFunction
-from explaind_core.run import Batch
+from explaind_core.microbatches import Batch
 from explaind_core.sample_derivatives import Derivatives, Gradients, moved, norm
 
 __all__ = ["SampleGradients"]

@@ -258,7 +258,7 @@ def test_dropout_in_training_is_no_share_where_its_random_numbers_are_not_known(
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2)).double()
     inputs, targets = numbers(4)(6), classes(6)
     run = record_batches(model, OPTIMIZERS["adamw"], inputs, targets, BATCHES)
-    with mock.patch("explaind_core.run.ForwardState.stored", return_value=None):  # as an older release recorded it
+    with mock.patch("explaind_core.forwards.ForwardState.stored", return_value=None):  # as an older release recorded it
         with pytest.raises(explaind.errors.RecordingError, match="depend on chance"):
             explaind.attribute(run, inputs[:2], keep=("train", "test"), nodes=1, progress=False)
         summed = explaind.attribute(run, inputs[:2], keep=("step", "test"), nodes=1, progress=False)
