@@ -104,6 +104,6 @@ def test_a_language_model_is_recorded_and_explained(tmp_path):
     assert values["update_error"] < 1e-3  # the steps are small, and the weights in single precision
     assert values["max_error"] < 1e-3 * values["change"]
     assert values["closure"] < 1e-5
-    assert values["train"] == 128
+    assert values["train"] == 8 * STEPS  # the samples that the steps have seen
     assert values["layers"] == 3
-    assert values["memory"] < 6
+    assert values["memory"] < 7.5  # GiB in all: verify takes up to 4, beside copies of the model and torch itself
