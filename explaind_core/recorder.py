@@ -329,8 +329,14 @@ class Recorder:
         With several optimizers they belong to the round that the last step is part of.
 
         Raises:
-            NonFiniteError: one of them is NaN or infinite.
+            NonFiniteError: one of them is NaN or infinite. RecordingError: one is called ``step``.
         """
+        if "step" in metrics:
+            raise RecordingError(
+                "a metric is called step, as the axis of all metrics is",
+                where=f"after step {self.steps}",
+                remedy="leave it away: the number of the step is kept anyway; or give it another name",
+            )
         values = {n: float(v.detach() if isinstance(v, Tensor) else v) for n, v in metrics.items()}
         for name, value in values.items():
             if not math.isfinite(value):

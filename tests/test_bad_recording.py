@@ -247,3 +247,11 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert len(run.steps) == 5
     assert not run.complete
     assert all(step.drift == 0 for step in explaind.decompose(run))
+
+
+def test_a_metric_called_step_is_refused(loop):
+    loop.recorder.log(loss=1.0)
+    with pytest.raises(errors.RecordingError, match="a metric is called step") as caught:
+        loop.recorder.log(step=3, loss=2.0)
+    assert "kept anyway" in caught.value.remedy
+    assert explaind.open_run(loop.path, model=loop.model).metrics.loss.values.tolist() == [1.0]
