@@ -258,6 +258,12 @@ def test_every_influence_is_the_explicit_sum(features, strategy):
     check(kept, features, KEPT, strategy)
 
 
+def test_a_walk_backwards_begins_again_in_the_middle_of_a_run():
+    """Seven steps are kept in four segments: every filter state must be put back at their borders."""
+    features = combined("penalty", "norm")
+    check(train(features, [*BATCHES, *BATCHES[:3]]), features, KEPT, "adjoint")
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     st.sets(st.sampled_from(FEATURES[:5])).filter(lambda f: not {"clip value", "penalty"} <= f),
