@@ -409,7 +409,8 @@ class Recorder:
         if self._pending is not None and _steps_running(optimizer) > 1:
             self._pending.nested += 1  # a step() that calls super().step(): what counts is what the outer one was fed
             return None
-        if self._pending is not None and _steps_running(self._subject.optimizers[self._pending.member]):
+        outer = None if self._pending is None else self._subject.optimizers[self._pending.member]
+        if outer is not None and outer is not optimizer and _steps_running(outer):
             raise RecordingError(
                 "an optimizer stepped inside the step of another one",
                 where=f"step {self.steps + 1}: {type(optimizer).__name__}",
