@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check bench optimizers clean
+.PHONY: demo test test-slow check bench optimizers matrix faults clean
 
 demo: $(VENV)/installed
 	$(BIN)/explaind demo $(ARGS)
@@ -34,3 +34,13 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 optimizers: $(VENV)/installed
 	$(BIN)/python benchmarks/optimizers.py $(ARGS)
+
+# Every model x loop feature x optimizer, as a table.
+matrix: $(VENV)/installed
+	$(BIN)/python tests/loop_cells.py
+
+# Random kills of recordings and attributions, and random damage to stored files.
+faults: $(VENV)/installed
+	$(BIN)/python benchmarks/faults.py recording
+	$(BIN)/python benchmarks/faults.py attribution
+	$(BIN)/python benchmarks/damage.py 1000 0
