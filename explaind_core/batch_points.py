@@ -137,21 +137,14 @@ class BatchPoint:
             except (RuntimeError, ValueError):  # batch normalisation of a single sample, a fixed batch size
                 return False
             for expected, found in zip((t[rows] for t in whole), part, strict=True):
-                if found.shape != expected.shape:
-                    return False
-                difference = torch.where(found == expected, 0, (found - expected).abs()).amax()
-                if not bool(difference <= tolerance(expected.dtype) * expected.abs().amax()):
+                if _difference(found, expected) is not None:
                     return False
         return True
 
     def _check_repeatable(self, whole: list[Tensor]) -> None:
         for expected, found in zip(whole, self.outputs({}, slice(0, self.n)), strict=True):
-            same, got = found.shape == expected.shape, f"shape {tuple(found.shape)}"
-            if same:
-                difference = torch.where(found == expected, 0, (found - expected).abs()).amax()
-                same = bool(difference <= tolerance(expected.dtype) * expected.abs().amax())
-                got = f"a difference of {difference:.3g}"
-            if not same:
+            got = _difference(found, expected)
+            if got is not None:
                 raise RecordingError(
                     "the model's outputs depend on chance, and it was not recorded which random numbers it drew",
                     where=f"batch of {self.n} samples",
@@ -223,6 +216,15 @@ class BatchPoint:
             for handle in handles:
                 handle.remove()
         return max(sizes)
+
+
+def _difference(found: Tensor, expected: Tensor) -> str | None:
+    """How outputs differ that should be the same, in words; None where they do not, but for rounding."""
+    if found.shape != expected.shape:
+        return f"shape {tuple(found.shape)}"
+    difference = torch.where(found == expected, 0, (found - expected).abs()).amax()
+    same = bool(difference <= tolerance(expected.dtype) * expected.abs().amax())
+    return None if same else f"a difference of {difference:.3g}"
 
 
 def rebuilt(tree: Any, tensors: Iterator[Tensor]) -> Any:
