@@ -1,4 +1,4 @@
-"""The command line: ``explaind demo``, ``check``, ``verify``, ``attribute``, ``optimizers``, ``check-plugin``.
+"""The command line: ``explaind demo``, ``study``, ``check``, ``verify``, ``attribute``, ``optimizers`` and so on.
 
 Exit status 0 means that the check a command names holds; 1 that it does not; 2 that the call was wrong, or a file is
 damaged; 130 that it was interrupted.
@@ -17,14 +17,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from explaind_core.cli_study import INTERRUPTED, study
 from explaind_core.errors import ExplaindError, QuestionError
 
 __all__ = ["main"]
 
-#: The exit status of a command that was interrupted, as shells have it (128 + SIGINT).
-INTERRUPTED = 130
-
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.command()(study)
 console = Console()
 
 RunPath = Annotated[Path, typer.Argument(help="the folder that was passed to explaind.Recorder")]
