@@ -25,6 +25,7 @@ from explaind_core.scores import importance, relative_regularization, spread_res
 from explaind_core.similarity import similarity
 from explaind_core.similarity_plan import plan_similarity
 from explaind_core.sizes import StoreSize, store_size
+from explaind_core.slices import kernel_slices
 from explaind_core.storage import open_result
 from explaind_core.verify import Verification, verify
 
@@ -56,6 +57,7 @@ __all__ = [
     "hookimpl",
     "import_checkpoints",
     "importance",
+    "kernel_slices",
     "open_result",
     "open_run",
     "operators",

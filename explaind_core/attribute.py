@@ -22,7 +22,7 @@ from explaind_core.strategy import Choice, choose
 from explaind_core.tape import Tape
 from explaind_core.windows import Contribution
 
-__all__ = ["TERMS", "attribute", "closure_error", "summed"]
+__all__ = ["TERMS", "attribute", "closure_error", "forwards", "summed"]
 
 
 def attribute(
@@ -164,10 +164,10 @@ def _in_memory(frame: Frame, choice: Choice, progress: bool) -> xr.Dataset:
     if choice.strategy == "adjoint":
         parts = [parts for _, parts in _backwards(frame, choice.rows, choice, 0, progress)]
         return frame.collect(frame.joined(parts))
-    return frame.collect(_forwards(frame, 0, progress))
+    return frame.collect(forwards(frame, 0, progress))
 
 
-def _forwards(frame: Frame, first: int, progress: bool) -> Iterator[Contribution]:
+def forwards(frame: Frame, first: int, progress: bool) -> Iterator[Contribution]:
     """The contributions of the windows from ``first`` on, one after the other."""
     question = frame.question
     last_values = frame.initial
@@ -242,7 +242,7 @@ def _test_blocks(frame: Frame, rows: int, choice: Choice, done: int, progress: b
 
 
 def _step_blocks(frame: Frame, done: int, progress: bool) -> Iterator[xr.Dataset]:
-    parts = _forwards(frame, done, progress)
+    parts = forwards(frame, done, progress)
     total = len(frame.question.windows)
     for start in range(done, total, appending.BLOCK):
         yield frame.collect(next(parts) for _ in range(min(appending.BLOCK, total - start)))

@@ -159,15 +159,17 @@ class _Probe:
         values = timed(lambda: question.function.values(self.split.theta))
         total = self.replay * last + values * segments
         samples = 0
-        if question.splits_gradients:  # forward-time features are fed from the first step on
+        if question.splits_gradients:  # forward-time features are fed from where gradients matter on
+            first = first_needed(self.split, question.steps[0], question.function.dtype)
+            walked = last - first + 1
             entries = EntryFeatures(question, self.places.names)
-            fed = last if entries.others else sum(s <= last for s in entries.steps)
+            fed = walked if entries.others else sum(first <= s <= last for s in entries.steps)
             entries.steps.setdefault(self.split.step, 0)
             total += fed * timed(lambda: entries.advance(self.split))
-            if fed < last:
+            if fed < walked:
                 entries.steps.clear()
-                total += (last - fed) * timed(lambda: entries.advance(self.split))
-            samples = sum(s <= last for s in question.gradient_steps) if question.train is not None else 0
+                total += (walked - fed) * timed(lambda: entries.advance(self.split))
+            samples = sum(first <= s <= last for s in question.gradient_steps) if question.train is not None else 0
         if self.choice.strategy == "forward":
             return total + self.nodes * segments * self._tangents(), samples
         features = None

@@ -54,6 +54,7 @@ class Question:
         keep: the kept axes in order. quadrature: the nodes. function: what is explained. memory: bytes.
         strategy: what the caller insists on, None for the planner's choice.
         chords: steps that share a straight line. carries: whether what no sample explains of a gradient is a term.
+        gram: whether the inner products of the kernel's tensors are wanted, too (features only).
         notes: what a result must say about how it was asked for; facts: what is found on the way and must be said too.
     """
 
@@ -71,6 +72,7 @@ class Question:
     strategy: str | None = None
     chords: int = 1
     carries: bool = False
+    gram: bool = False
     notes: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict, compare=False)
 

@@ -6,6 +6,7 @@ every term at once: over layers, over single parameters, over the entries of for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -16,9 +17,10 @@ from explaind_core.contract import updates_of
 from explaind_core.decompose import StepDecomposition
 from explaind_core.feature_maps import ExplainedFunction
 from explaind_core.question import Question
+from explaind_core.weighted import gram_products
 from explaind_core.windows import Places
 
-__all__ = ["Products", "feature_map", "products", "reduced", "rest_change"]
+__all__ = ["Products", "feature_map", "products", "reduced", "rest_change", "second_moments"]
 
 Points = tuple[tuple[float, float], ...]
 
@@ -82,13 +84,15 @@ def rest_change(
 class Products:
     """What phi was multiplied with, over ``[I', L', P', T', n', J']`` (see :class:`WindowSum`).
 
-    ``kernel`` is the sum over all gradients, whatever is asked for: ``[n', J']``.
+    ``kernel`` is the sum over all gradients, whatever is asked for: ``[n', J']``. ``gram`` is ``[L', n, n]`` where the
+    question wants it: inner products over parameters and entries.
     """
 
     terms: dict[str, Tensor]
     others: Tensor
     rest: Tensor
     kernel: Tensor = field(default_factory=lambda: torch.zeros(()))
+    gram: Tensor | None = None
 
     @property
     def total(self) -> Tensor:
@@ -120,6 +124,7 @@ def products(
     edge = next(iter(shapes.values()))[-2:]
     others, kernel = torch.zeros(edge, dtype=torch.float64), torch.zeros(edge, dtype=torch.float64)
     updates = updates_of(split, names)
+    gram: Tensor | None = None
     for block in blocks:
         rows = block if question.keeps("test") else slice(0, 1)
         phi = feature_map(question, split.theta_before, split.theta, places.names, block, points)
@@ -140,12 +145,21 @@ def products(
                          rows, question, places, name, mask)  # fmt: skip
             if features is not None and name in features:
                 _add_features(question, places, terms, others, flat, features[name], name, rows)
+        if question.gram and features is not None:  # all test samples are in one block then
+            weights = second_moments(features, math.prod(shapes["kernel"][i] for i in (0, 3)))
+            parts = [gram_products(phi, phi, weights, layer.masks) for layer in question.layers]
+            gram = torch.stack([torch.from_numpy(part) for part in parts])
     rest = torch.zeros(edge, dtype=torch.float64)
     if question.rest is not None:
         outside = question.rest.share({n: u.declared for n, u in split.updates.items()})
         values = rest_change(question.function, split.theta_before, split.theta, outside, points)
         rest = rest + reduced(values, question)
-    return Products(terms, others, rest, kernel)
+    return Products(terms, others, rest, kernel, gram)
+
+
+def second_moments(features: Mapping[str, Tensor], entries: int) -> dict[str, Tensor]:
+    """``sum_e h_e^2`` over the first ``entries``: name -> float64 of the parameter's shape."""
+    return {n: torch.linalg.vector_norm(h[:entries], dim=0, dtype=torch.float64).square() for n, h in features.items()}
 
 
 def _add(

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from explaind_core.entries import HELD, EntryFeatures
-from explaind_core.grams import Blocks, gram_products, order_of, passes_of
+from explaind_core.grams import Blocks, order_of, passes_of
 from explaind_core.plan import GUESSED_NODES, Plan, first_needed, peak_memory, plan_of, replayed, timed
 from explaind_core.question import Question
 from explaind_core.reverse import feature_map
@@ -14,6 +14,7 @@ from explaind_core.run import Run
 from explaind_core.second_moments import restricted_to
 from explaind_core.similarity import Asked
 from explaind_core.strategy import run_bytes
+from explaind_core.weighted import gram_products
 
 __all__ = ["plan_similarity"]
 

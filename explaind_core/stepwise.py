@@ -10,7 +10,7 @@ from torch import Tensor
 
 from explaind_core.contract import refine, term_names, updates_of
 from explaind_core.decompose import StepDecomposition, UpdateSplit, decompose
-from explaind_core.entries import EntryFeatures
+from explaind_core.entries import EntryFeatures, horizon
 from explaind_core.errors import NonFiniteError
 from explaind_core.quadrature import climb
 from explaind_core.question import Question
@@ -75,7 +75,9 @@ def _segments(question: Question, first: int) -> Iterator[tuple[Segment, StepDec
     if question.splits_gradients:
         names = [n for n in question.run.parameters if any(n in layer.masks for layer in question.layers)]
         entries = EntryFeatures(question, names)
-    start = 1 if entries is not None else min(wanted)
+    start = min(wanted) if entries is None else horizon(question)
+    if entries is not None and start > 1:
+        question.facts["tail_dropped"] = f"below rounding before step {start}"
     held: list[StepDecomposition] = []
     features: dict[str, Tensor] | None = None
     for split in decompose(question.run, first=start, last=question.steps[-1]):
@@ -201,17 +203,28 @@ def _by_reverse_mode(
 ) -> int:
     shapes = {name: term.shape for name, term in total.terms.items()}
     blocks = _blocks(question)
+    # The order is told by the whole update: products with every entry's features are taken once it is known.
+    tried = features if not question.quadrature.adaptive else None
+    summed = shapes if features is None or tried is not None else {
+        name: torch.Size((1, *shape[1:3], 1, *shape[4:])) for name, shape in shapes.items()
+    }  # fmt: skip
 
     def evaluate(q: int) -> tuple[Tensor, Products]:
         points = question.quadrature.points(q)
-        found = products(question, places, split, names, features, blocks, points, shapes)
+        found = products(question, places, split, names, tried, blocks, points, summed)
         return found.total, found
 
     before, after = (reduced(v, question) for v in values)
     climbed = climb(question.quadrature, rung, bound, before, after, evaluate, question.function.dtype)
-    for name, term in climbed.best.terms.items():
+    best = climbed.best
+    if features is not tried:
+        points = question.quadrature.points(climbed.nodes)
+        best = products(question, places, split, names, features, blocks, points, shapes)
+    for name, term in best.terms.items():
         total.terms[name] += term
-    total.omitted += climbed.best.rest + climbed.best.others
+    total.omitted += best.rest + best.others
+    if best.gram is not None:
+        total.gram = best.gram if total.gram is None else total.gram + best.gram
     total.count(nodes=climbed.nodes, evaluations=climbed.evaluations, converged=climbed.converged)
     return climbed.rung
 

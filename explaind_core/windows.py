@@ -26,6 +26,7 @@ class Contribution:
             kept; statistics are what buffers added that moved.
         nodes, evaluations: of the quadrature, summed over the window's segments. converged: whether all of them met the
             tolerance, and missed: how many did not. update_error, correction: the largest of its steps (see decompose).
+        gram: ``[L', n, n]``, inner products of the kernel's tensors over steps, parameters and entries, if wanted.
     """
 
     window: int
@@ -39,6 +40,7 @@ class Contribution:
     update_error: float
     correction: float
     missed: int = 0
+    gram: Tensor | None = None
 
 
 @dataclass
@@ -65,6 +67,7 @@ class WindowSum:
     update_error: float = 0.0
     correction: float = 0.0
     missed: int = 0
+    gram: Tensor | None = None
 
     def __post_init__(self) -> None:
         sizes = self.question.sizes(self.outputs)
@@ -111,6 +114,7 @@ class WindowSum:
             update_error=self.update_error,
             correction=self.correction,
             missed=self.missed,
+            gram=self.gram,
         )
 
 

@@ -1,0 +1,43 @@
+"""Inner products of feature maps with weights, such that small numbers are not lost in single precision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Matrices", "gram_products"]
+
+Matrices = np.ndarray[Any, Any]
+
+
+def gram_products(
+    left: Mapping[str, Tensor], right: Mapping[str, Tensor], weights: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor | None],
+) -> Matrices:  # fmt: skip
+    """``sum_j phi(x)_j diag(weights) phi(x')_j^T`` of two blocks of test samples within a layer: ``[n', n'']``."""
+    total: Any = 0.0
+    for name, mask in masks.items():
+        if name in weights:
+            root = weights[name].double().sqrt().reshape(-1)
+            root = root if mask is None else root * mask.reshape(-1)
+            size = float(root.max())
+            if size > 0:
+                a, one = _scaled(left[name], root / size)
+                b, other = (a, one) if right is left else _scaled(right[name], root / size)
+                total = total + ((a @ b.T).double() * (size * one * (size * other).T)).numpy()
+    return np.asarray(total)
+
+
+def _scaled(phi: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+    """``phi diag(root)`` by row, ``[n', J' d]``, divided by each row's largest entry, ``[n', 1]``.
+
+    In single precision, the squares of small numbers are zero.
+    """
+    rows = (phi.flatten(2) * root.to(phi.dtype)).flatten(1)
+    largest = rows.abs().amax(1, keepdim=True)
+    largest = torch.where(largest > 0, largest, 1.0)
+    return rows.div_(largest), largest.double()
