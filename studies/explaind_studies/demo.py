@@ -17,7 +17,7 @@ from explaind_core import plots
 from explaind_core.progress import bar
 from explaind_studies.modular_addition import LAYERS, ModularAddition, ModularTransformer, modular_addition
 
-__all__ = ["PAPER", "QUICK", "DemoResult", "Setting", "demo", "train"]
+__all__ = ["PAPER", "QUICK", "DemoResult", "Setting", "accuracy", "demo", "layer_scores", "train"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Setting:
         p: the modulus. train, test: numbers of samples. seed: of data and initialisation.
         explained: how many test samples are decomposed. most_steps: where training stops at the latest.
         tolerance: for the adaptive nodes. samples_at_once: test samples decomposed in one pass.
+        betas: of AdamW; (0.9, 0.98) as in the paper's released code, (0.98, 0.99) as in its text.
     """
 
     p: int = 113
@@ -38,6 +39,7 @@ class Setting:
     most_steps: int = 3000
     tolerance: float = 2.5e-4
     samples_at_once: int = 100
+    betas: tuple[float, float] = (0.9, 0.98)
 
     @property
     def suffix(self) -> str:
@@ -84,7 +86,7 @@ def train(setting: Setting, path: Path, *, record: bool = True, progress: bool =
     torch.manual_seed(setting.seed)
     model = ModularTransformer(task.vocabulary)
     loss = nn.NLLLoss()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=4.0, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=4.0, betas=setting.betas)
     if not record:
         for _ in _steps(setting, task, model, 0, progress=progress):
             optimizer.zero_grad()
@@ -212,7 +214,7 @@ def _decompose(
             decomposed = explaind.attribute(
                 run, piece, layers=LAYERS, nodes="adaptive", tolerance=setting.tolerance, out=path, progress=progress
             )
-            scores = _scores(decomposed)
+            scores = layer_scores(decomposed)
             if len(pieces) > 1:
                 # Renamed when it is whole: what a kill cuts short must not be taken up.
                 unfinished = folder / f"{name}_unfinished.zarr"
@@ -227,7 +229,7 @@ def _decompose(
     return result, total, max(closures)
 
 
-def _scores(result: xr.Dataset) -> xr.Dataset:
+def layer_scores(result: xr.Dataset) -> xr.Dataset:
     """Figure 3a's numbers from one result, some steps at a time."""
     blocks = []
     for start in range(0, result.sizes["step"], 100):

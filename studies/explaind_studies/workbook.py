@@ -20,6 +20,9 @@ from explaind_core.errors import StoreError
 
 __all__ = ["Workbook"]
 
+#: Settings that no part depends on: they say which parts there are.
+_FREE = ("experiments",)
+
 
 class Workbook:
     """Where a study keeps what it has finished.
@@ -69,7 +72,7 @@ class Workbook:
 
     def _check(self) -> None:
         path = self.folder / "settings.json"
-        wanted = {"study": self.study, "settings": self.settings}
+        wanted = {"study": self.study, "settings": {k: v for k, v in self.settings.items() if k not in _FREE}}
         if not path.exists():
             if self.folder.exists() and any(self.folder.iterdir()):
                 raise StoreError(

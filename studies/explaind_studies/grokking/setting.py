@@ -1,0 +1,69 @@
+"""What the grokking study computes, at the paper's size and small."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from explaind_studies import demo
+
+__all__ = ["EXPERIMENTS", "PAPER", "QUICK", "GrokkingSetting"]
+
+#: Experiment -> figures and tables of the paper.
+EXPERIMENTS = {
+    "influences": "Figure 3a",
+    "pipelines": "Figures 3b and 8",
+    "kernels": "Figures 4, 5 and 6",
+    "swapping": "Figure 7",
+    "lasso": "Figure 9 and Table 2",
+}
+
+
+@dataclass(frozen=True)
+class GrokkingSetting:
+    """The study of section 5.
+
+    Attributes:
+        p, train, test, seed, betas, most_steps: of the training (see :class:`explaind_studies.demo.Setting`).
+        explained: test samples whose predictions are explained. train_explained: training samples whose predictions
+            are (Figure 4's lower row). samples_at_once: explained in one pass of Figure 3a. tolerance: of its nodes.
+        window: steps before a stage. kernel_nodes: quadrature nodes of each step there.
+        restarts: seeds of the trainings from parts of checkpoints. restart_steps: their length. test_every: steps
+            between measurements of test accuracy there, and between swaps of layers.
+        alpha: weight of the lasso's penalty. memory: bytes that kernel slices may take.
+        experiments: which to run; the lasso needs the kernels.
+    """
+
+    p: int = 113
+    train: int = 4000
+    test: int = 2000
+    seed: int = 10
+    betas: tuple[float, float] = (0.9, 0.98)
+    most_steps: int = 3000
+    explained: int = 500
+    train_explained: int = 250
+    samples_at_once: int = 100
+    tolerance: float = 2.5e-4
+    window: int = 50
+    kernel_nodes: int = 2
+    restarts: int = 5
+    restart_steps: int = 200
+    test_every: int = 5
+    alpha: float = 1e-3
+    memory: str = "16GiB"
+    experiments: tuple[str, ...] = tuple(EXPERIMENTS)
+
+    @property
+    def trained(self) -> demo.Setting:
+        """How the run is trained."""
+        return demo.Setting(
+            p=self.p, train=self.train, test=self.test, seed=self.seed, explained=self.explained,
+            most_steps=self.most_steps, tolerance=self.tolerance, samples_at_once=self.samples_at_once,
+            betas=self.betas,
+        )  # fmt: skip
+
+
+PAPER = GrokkingSetting()
+QUICK = GrokkingSetting(
+    p=23, train=200, test=76, seed=0, most_steps=200, explained=40, train_explained=20, samples_at_once=40, window=10,
+    restarts=2, restart_steps=20,
+)  # fmt: skip
