@@ -36,7 +36,7 @@ def study(
     keep: Annotated[Path | None, typer.Option(help="copy the report, its tables and figures there")] = None,
 ) -> None:
     """Reproduce an experiment of the paper, beside the paper's values; 0 if everything computed is exact."""
-    from explaind_studies.catalogue import STUDIES, run_study
+    from explaind_studies.catalogue import STUDIES, missing_packages, run_study
 
     if name is None:
         table = Table("study", "reproduces")
@@ -46,6 +46,11 @@ def study(
         raise typer.Exit(0)
     if name not in STUDIES:
         raise QuestionError(f"there is no study {name!r}", where="explaind study", expected=sorted(STUDIES), got=name)
+    if missing := missing_packages():
+        raise QuestionError(
+            f"the studies need {', '.join(missing)}", where="explaind study",
+            remedy="pip install 'explaind-core[studies]'",
+        )  # fmt: skip
     changes: dict[str, Any] = {
         "seed": seed,
         "betas": _pair(betas),

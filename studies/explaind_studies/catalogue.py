@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from explaind_core.errors import QuestionError
 from explaind_studies.report import Report, keep
 from explaind_studies.workbook import Workbook
 
-__all__ = ["STUDIES", "Study", "run_study"]
+__all__ = ["STUDIES", "Study", "missing_packages", "run_study"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,17 @@ STUDIES: Mapping[str, Study] = {
         Study("grokking", "Section 5 and appendix E: grokking modular addition", "explaind_studies.grokking"),
     )
 }
+
+
+def missing_packages() -> list[str]:
+    """Which of the packages of the extra ``studies`` are not installed.
+
+    Example:
+        >>> missing_packages()
+        []
+    """
+    names = {"plotly": "plotly", "scipy": "scipy", "sklearn": "scikit-learn"}
+    return [package for module, package in names.items() if find_spec(module) is None]
 
 
 def run_study(

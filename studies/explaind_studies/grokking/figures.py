@@ -151,13 +151,13 @@ def draw_kernels(folder: Path, slices: Slices, subject: Subject) -> list[Picture
             rows = [(kind, layer) for kind in what for layer in layers]
             figure = Figure(figsize=(3 * len(PAPER_STAGES), 2.6 * len(rows)), layout="constrained")
             grid = figure.subplots(len(rows), len(PAPER_STAGES), squeeze=False)
-            for line, (kind, layer) in zip(grid, rows, strict=True):
+            for row, (line, (kind, layer)) in enumerate(zip(grid, rows, strict=True)):
                 for axes, stage in zip(line, PAPER_STAGES, strict=True):
                     values = layer_matrices(slices, subject, kind, layer, stage, modular=modular)
                     _matrix(axes, values, symmetric=kind != "similarity")
                     axes.set_xticks([])
                     axes.set_yticks([])
-                    if line is grid[0]:
+                    if row == 0:
                         axes.set_title(f"before step {slices.steps[stage].stop - 1} (the paper's {stage})", fontsize=9)
                 kinds = {"test": "test predictions", "train": "training predictions", "similarity": "test"}
                 line[0].set_ylabel(f"{layer}\n{kinds[kind]}", fontsize=9)

@@ -126,9 +126,10 @@ def _of(slices: Slices, subject: Subject) -> dict[tuple[int, str, str], dict[str
             kernel = part.kernel.sel(layer=layer).transpose("train", "test").values.astype(np.float64)
             found[stage, layer, "kernel, test set"] = cyclic(kernel[:, :n], train, test, p)
             found[stage, layer, "kernel, training set"] = cyclic(kernel[:, n:], train, train[: kernel.shape[1] - n], p)
-            found[stage, layer, "similarity, test set"] = cyclic(
-                np.nan_to_num(test_similarity(part, subject, layer).astype(np.float64)), test, test, p
-            )
+            similar = test_similarity(part, subject, layer).astype(np.float64)
+            known = np.isfinite(np.diagonal(similar))  # the others were influenced by nothing
+            residues = test[known]
+            found[stage, layer, "similarity, test set"] = cyclic(similar[np.ix_(known, known)], residues, residues, p)
     return found
 
 

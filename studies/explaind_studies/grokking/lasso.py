@@ -31,31 +31,31 @@ def fit(similarity: np.ndarray, values: np.ndarray, p: int, alpha: float) -> xr.
     ordered pairs of different samples. What the paper calls a frequency f is a period.
 
     Args:
-        similarity: ``[n, n]``, of which the diagonal is left out. values: the samples' sums a + b. p: the largest
-            period; the smallest is 2.
+        similarity: ``[n, n]``, of which the diagonal is left out, and NaN (samples that nothing influenced).
+        values: the samples' sums a + b. p: the largest period; the smallest is 2.
 
     Returns:
-        ``cosine`` and ``sine`` over ``frequency``; ``predicted`` ``[n, n]``; ``r2``, ``intercept``, ``iterations`` in
-        the attributes.
+        ``cosine`` and ``sine`` over ``frequency``; ``predicted`` ``[n, n]``; ``r2``, ``intercept``, ``iterations``
+        and ``left_out``, the number of NaN, in the attributes.
     """
     from sklearn.linear_model import Lasso
 
     n = len(values)
-    one, other = np.nonzero(~np.eye(n, dtype=bool))
+    one, other = np.nonzero(~np.eye(n, dtype=bool) & np.isfinite(similarity))
     frequencies = np.arange(2, p + 1)
     # Features depend on the difference alone: there are few different rows.
     differences, place = np.unique(values[:, None] - values, return_inverse=True)
     angle = 2 * np.pi * differences[:, None] / frequencies
     table = np.hstack([np.cos(angle), np.sin(angle)])
     place = place.reshape(n, n)
-    target = np.nan_to_num(similarity.astype(np.float64))
+    target = similarity.astype(np.float64)
     # The mean squared error over pairs is, but for a constant, that of means by difference, weighted by their numbers.
     count = np.bincount(place[one, other], minlength=len(differences)).astype(np.float64)
     mean = np.bincount(place[one, other], target[one, other], minlength=len(differences)) / np.maximum(count, 1)
     model = Lasso(alpha=alpha, max_iter=100_000, tol=1e-8)
     model.fit(table, mean, sample_weight=count)
     predicted = model.predict(table)[place]
-    error = ((target - predicted)[one, other] ** 2).mean()
+    error, variance = ((target - predicted)[one, other] ** 2).mean(), target[one, other].var()
     return xr.Dataset(
         {
             "cosine": ("frequency", model.coef_[: len(frequencies)]),
@@ -64,8 +64,8 @@ def fit(similarity: np.ndarray, values: np.ndarray, p: int, alpha: float) -> xr.
         },
         coords={"frequency": frequencies},
         attrs={
-            "r2": float(1 - error / target[one, other].var()), "intercept": float(model.intercept_),
-            "iterations": int(model.n_iter_), "alpha": alpha,
+            "r2": float(1 - error / variance) if variance > 0 else float("nan"), "intercept": float(model.intercept_),
+            "iterations": int(model.n_iter_), "alpha": alpha, "left_out": n * (n - 1) - len(one),
         },
     )  # fmt: skip
 
@@ -80,7 +80,10 @@ def lasso(book: Workbook, subject: Subject, slices: Slices) -> xr.Dataset:
             for layer in LAYERS
         ]
         scores = xr.Dataset(
-            {name: ("layer", [one.attrs[name] for one in found]) for name in ("r2", "intercept", "iterations")}
+            {
+                name: ("layer", [one.attrs[name] for one in found])
+                for name in ("r2", "intercept", "iterations", "left_out")
+            }
         )
         return xr.concat(found, "layer", combine_attrs="drop").assign_coords(layer=list(LAYERS)).merge(scores)
 

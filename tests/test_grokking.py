@@ -1,0 +1,280 @@
+"""The grokking study, very small: its report, its parts, and what it reads from curves and matrices."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from io import StringIO
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from explaind_studies.catalogue import run_study
+from explaind_studies.grokking import GrokkingSetting, influences, interactive, kernels, lasso, pipelines, swapping
+from explaind_studies.grokking.setting import EXPERIMENTS
+from explaind_studies.grokking.stages import CHECKPOINTS, PAPER_STAGES, Stages, find_stages
+from explaind_studies.grokking.subject import OUTER, names_of, trained
+from explaind_studies.modular_addition import LAYERS, ModularTransformer
+from explaind_studies.workbook import Workbook
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+import explaind_core as explaind
+from explaind_core.errors import QuestionError, StoreError
+
+TINY = GrokkingSetting(
+    p=7, train=20, test=8, seed=0, most_steps=14, explained=8, train_explained=5, samples_at_once=4, tolerance=10.0,
+    window=3, kernel_nodes=1, restarts=2, restart_steps=6, test_every=3, memory="1GiB",
+)  # fmt: skip
+
+
+def run(folder, setting=TINY, **options):
+    console = Console(file=StringIO(), width=200)
+    return run_study(
+        "grokking", folder, setting, command="explaind study grokking", console=console, progress=False, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grokking")
+    return folder / "study", run(folder / "study", kept=folder / "kept"), folder / "kept"
+
+
+@pytest.fixture(scope="module")
+def subject(finished):
+    return trained(Workbook(finished[0], "grokking", TINY, console=Console(file=StringIO()), progress=False), TINY)
+
+
+# ---------------------------------------------------------------------- the report
+def test_every_experiment_has_claims_tables_and_pictures(finished):
+    folder, report, kept = finished
+    assert report.holds
+    assert {table.name for table in report.tables} >= {
+        "stages", "layers", "pipelines", "cyclic", "swapping", "lasso", "lasso_decoder", "lasso_layers",
+    }  # fmt: skip
+    figures = {picture.file for picture in report.pictures}
+    assert figures >= {
+        f"figures/figure_{n}.png" for n in ("3a", "3b", "4", "4_mod", "5", "6_test", "6_train", "7", "8", "9")
+    }
+    for name in figures:
+        assert (folder / name).read_bytes().startswith(b"\x89PNG"), name
+        assert (kept / name).exists()
+    assert len(report.claims) >= 20
+    assert all(claim.measure and claim.value is not None for claim in report.claims)
+    facts = json.loads((kept / "report.json").read_text())
+    assert facts["settings"]["seed"] == 0
+    assert set(facts["versions"]) >= {"torch", "python"}
+    assert facts["hardware"]["cores"] >= 1
+    assert {"training", "swapping", "lasso", *(f"kernel_{s}" for s in PAPER_STAGES)} <= set(facts["parts"])
+    page = (kept / "README.md").read_text()
+    assert "NOT supported" in page
+    assert "figures/figure_7.png" in page
+
+
+def test_pages_hold_every_matrix_and_need_no_network(finished):
+    folder, *_ = finished
+    for name in ("figure_3a.html", "kernels.html"):
+        text = (folder / "figures" / name).read_text()
+        assert "Plotly.newPlot" in text
+        assert 'src="http' not in text
+    assert text.count("predictions; decoder; before") >= 2 * 2 * len(PAPER_STAGES)
+
+
+def test_a_finished_study_computes_nothing_again(finished, monkeypatch):
+    folder, report, _ = finished
+    monkeypatch.setattr(explaind, "attribute", None)
+    monkeypatch.setattr(explaind, "kernel_slices", None)
+    again = run(folder)
+    assert again.claims == report.claims
+    assert again.parts == report.parts
+
+
+def test_some_experiments_of_the_same_study_can_be_asked_for(finished):
+    folder, *_ = finished
+    some = run(folder, replace(TINY, experiments=("swapping",)))
+    assert {table.name for table in some.tables} == {"stages", "swapping"}
+    assert set(some.parts) == {"training", "swapping"}
+    with pytest.raises(QuestionError, match="no experiment 'cooking'"):
+        run(folder, replace(TINY, experiments=("cooking",)))
+    with pytest.raises(StoreError, match="other settings"):
+        run(folder, replace(TINY, seed=1))
+
+
+def test_importances_are_those_of_one_pass(finished, subject):
+    folder, _report, _ = finished
+    result = explaind.attribute(
+        subject.run, subject.explained, layers=LAYERS, nodes="adaptive", tolerance=TINY.tolerance, progress=False
+    )
+    whole = explaind.importance(result).kernel
+    book = Workbook(folder, "grokking", TINY, console=Console(file=StringIO()), progress=False)
+    pieces = influences.influences(book, subject)
+    np.testing.assert_allclose(pieces.layer_kernel.values, whole.values, rtol=1e-4)
+    assert pieces.attrs["samples"] == 8
+
+
+def test_kernel_slices_are_attributions(finished, subject):
+    folder, *_ = finished
+    book = Workbook(folder, "grokking", TINY, console=Console(file=StringIO()), progress=False)
+    slices = kernels.kernel_slices(book, subject)
+    inputs = torch.cat([subject.explained, subject.task.train_inputs[:5]])
+    for stage, part in slices.stages.items():
+        asked = explaind.attribute(
+            subject.run, inputs, keep=("layer", "train", "test"), steps=list(slices.steps[stage]), layers=LAYERS,
+            train=range(20), nodes=1, progress=False,
+        )  # fmt: skip
+        scale = float(abs(asked.kernel).max())
+        got = part.kernel.transpose("layer", "train", "test").values
+        np.testing.assert_allclose(got, asked.kernel.transpose("layer", "train", "test").values, atol=1e-4 * scale)
+
+
+# ---------------------------------------------------------------------- stages
+@given(memorised=st.integers(50, 2000), after=st.integers(1, 2000), step=st.integers(1, 1939))
+def test_stages_keep_the_papers_order(memorised, after, step):
+    stages = Stages(memorised, memorised + after, memorised + after, 0.99, 0.999, True)
+    assert stages.at(800) == memorised
+    assert stages.at(1939) == memorised + after
+    assert 1 <= stages.at(step) <= stages.at(step + 1) <= stages.last
+    window = stages.window(step, 50)
+    assert len(window) == 50
+    assert window.stop - 1 == max(stages.at(step), 50)
+
+
+def test_a_run_that_does_not_grok_says_so():
+    steps = np.arange(1, 101)
+    accuracy = np.minimum(0.9, steps / 50)
+    metrics = xr.Dataset(
+        {"train_accuracy": ("step", accuracy), "test_accuracy": ("step", accuracy / 3)}, coords={"step": steps}
+    )
+    found = find_stages(metrics)
+    assert not found.grokked
+    assert found.train_level == pytest.approx(0.99 * 0.9)
+    assert found.memorised == 45
+
+
+# ---------------------------------------------------------------------- parts and swaps
+@pytest.mark.parametrize(("group", "layers"), OUTER.items())
+def test_groups_of_layers_are_whole(group, layers):
+    model = ModularTransformer(9)
+    names = names_of(layers, model)
+    wanted = {
+        "embedding": 1,
+        "attention encoder": 4,
+        "attention decoder": 4,
+        "linear 1": 2,
+        "linear 2": 2,
+        "decoder": 1,
+    }
+    assert len(names) == sum(wanted[layer] for layer in layers)
+    assert set(names) <= {name for name, _ in model.named_parameters()}
+
+
+def test_what_is_taken_over_is_the_checkpoints_and_the_rest_is_drawn_anew(finished, subject, monkeypatch):
+    book = Workbook(finished[0], "grokking", TINY, console=Console(file=StringIO()), progress=False)
+    started = []
+    optimizer = torch.optim.AdamW
+
+    def watched(parameters, **options):
+        parameters = list(parameters)
+        started.append([p.detach().clone() for p in parameters])
+        return optimizer(parameters, **options)
+
+    monkeypatch.setattr(torch.optim, "AdamW", watched)
+    found = pipelines.train_from_parts(book, subject, OUTER["Att."], 9)
+    names = [name for name, _ in subject.model().named_parameters()]
+    theta = subject.run.theta(9)
+    taken = names_of(OUTER["Att."], subject.model())
+    for name, one, other in zip(names, *started, strict=True):
+        assert torch.equal(one, other) == (name in taken), name
+        assert torch.equal(one, theta[name]) == (name in taken), name
+    assert found.test_accuracy.shape == (2, 3)
+    assert found.tested.values.tolist() == [0, 3, 6]
+
+
+def test_swapping_everything_gives_the_final_model(subject):
+    final = subject.run.theta(subject.stages.last)
+    model = subject.model()
+    everything = swapping._predicted(subject, model, 2, final, tuple(LAYERS))
+    with torch.no_grad():
+        expected = subject.model(subject.stages.last)(subject.task.test_inputs).argmax(-1)
+        early = subject.model(2)(subject.task.test_inputs).argmax(-1)
+    assert torch.equal(everything, expected)
+    assert torch.equal(swapping._predicted(subject, model, 2, final, ()), early)
+
+
+def test_confusion_counts_every_sample_once(subject):
+    predicted = subject.task.test_targets.clone()
+    predicted[0] = (predicted[0] + 1) % 7
+    counts = swapping._confusion(subject, predicted)
+    assert counts.sum() == 8
+    assert np.trace(counts) == 7
+    assert swapping.error_profile(counts, 7) == (1, 1)
+
+
+# ---------------------------------------------------------------------- what is read from matrices
+@given(
+    p=st.sampled_from([5, 7, 11]), k=st.integers(1, 2), bands=st.floats(0, 3), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_a_cyclic_pattern_is_found_under_bands(p, k, bands, seed):
+    rng = np.random.default_rng(seed)
+    rows, columns = rng.permutation(np.repeat(np.arange(p), 4)), rng.permutation(np.repeat(np.arange(p), 3))
+    wave = np.cos(2 * np.pi * k * (rows[:, None] - columns) / p)
+    found = kernels.cyclic(wave + bands * rng.standard_normal((len(rows), 1)), rows, columns, p)
+    assert found["frequency"] == k
+    assert found["cyclic"] == pytest.approx(1.0)
+    assert found["period"] == p / k
+    noise = kernels.cyclic(rng.standard_normal((len(rows), len(columns))), rows, columns, p)
+    assert noise["cyclic"] < 0.3
+
+
+@pytest.mark.parametrize("alpha", [1e-3, 1e-2])
+def test_the_lasso_is_that_of_all_pairs(alpha):
+    from sklearn.linear_model import Lasso
+
+    rng = np.random.default_rng(3)
+    values, p = rng.integers(0, 40, 24), 13
+    difference = values[:, None] - values
+    similarity = 0.3 * np.cos(2 * np.pi * difference / 13) + 0.1 * np.cos(2 * np.pi * difference / 6)
+    similarity += 0.05 * rng.standard_normal(similarity.shape) + 0.2
+    found = lasso.fit(similarity, values, p, alpha)
+    pairs = ~np.eye(24, dtype=bool)
+    angle = 2 * np.pi * difference[pairs][:, None] / np.arange(2, p + 1)
+    plain = Lasso(alpha=alpha, max_iter=100_000, tol=1e-10).fit(
+        np.hstack([np.cos(angle), np.sin(angle)]), similarity[pairs]
+    )
+    np.testing.assert_allclose(np.hstack([found.cosine, found.sine]), plain.coef_, atol=1e-5)
+    assert found.attrs["intercept"] == pytest.approx(plain.intercept_, abs=1e-5)
+    assert int(found.frequency[int(found.cosine.values.argmax())]) == 13
+
+
+def test_matrices_are_ordered_by_sums_or_residues(finished, subject):
+    from explaind_studies.grokking.figures import layer_matrices
+
+    folder, *_ = finished
+    book = Workbook(folder, "grokking", TINY, console=Console(file=StringIO()), progress=False)
+    slices = kernels.kernel_slices(book, subject)
+    train, test = kernels.sums(subject.task.train_inputs), kernels.sums(subject.explained)
+    marked = slices.stages[250].copy(deep=True)
+    marked.kernel.loc[{"layer": "decoder"}] = xr.DataArray(
+        np.vstack([100.0 * t + np.append(test, np.zeros(5)) for t in train]), dims=("train", "test")
+    ).transpose(*marked.kernel.sel(layer="decoder").dims)
+    other = kernels.Slices({**slices.stages, 250: marked}, slices.steps)
+    by_sum = layer_matrices(other, subject, "test", "decoder", 250, modular=False)
+    assert (np.diff(by_sum, axis=0) >= 0).all()
+    assert (np.diff(by_sum, axis=1) >= 0).all()
+    by_residue = layer_matrices(other, subject, "test", "decoder", 250, modular=True)
+    residues = np.round(by_residue[:, 0] / 100).astype(int) % 7
+    assert (np.diff(residues) >= 0).all()
+
+
+def test_bins_keep_the_mean():
+    values = np.random.default_rng(0).standard_normal((40, 30))
+    assert interactive.binned(values, 10).shape == (10, 10)
+    assert interactive.binned(values, 10).mean() == pytest.approx(values.mean())
+
+
+def test_experiments_are_those_of_the_paper():
+    assert "Figure 7" in EXPERIMENTS["swapping"]
+    assert CHECKPOINTS[-1] == 1939
