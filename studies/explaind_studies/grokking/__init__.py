@@ -108,6 +108,6 @@ def _summary(subject: Subject) -> list[str]:
         f"{setting.explained} test and {setting.train_explained} training samples (Figures 4 to 6, against all "
         f"{setting.train:,} training samples).",
         "Contributions are what is added to the log-probabilities (the paper's psi is the negative). In Figures 4 to 6 "
-        "and 9 they are summed over outputs first, as in the paper's Figure 4, and similarities are those of Definition "
-        "4.4 of what is left, over steps of the window, parameters of the layer and training samples.",
+        "and 9 they are summed over outputs first, as in the paper's Figure 4, and similarities are those of "
+        "Definition 4.4 of what is left, over steps of the window, parameters of the layer and training samples.",
     ]
