@@ -137,6 +137,8 @@ def test_stages_keep_the_papers_order(memorised, after, step):
     assert stages.at(800) == memorised
     assert stages.at(1939) == memorised + after
     assert 1 <= stages.at(step) <= stages.at(step + 1) <= stages.last
+    if step > 800:
+        assert stages.at(step) == round(memorised + (step - 800) * (after / 1139))
     window = stages.window(step, 50)
     assert len(window) == 50
     assert window.stop - 1 == max(stages.at(step), 50)
@@ -193,23 +195,26 @@ def test_what_is_taken_over_is_the_checkpoints_and_the_rest_is_drawn_anew(finish
     assert found.tested.values.tolist() == [0, 3, 6]
 
 
-def test_swapping_everything_gives_the_final_model(subject):
-    final = subject.run.theta(subject.stages.last)
-    model = subject.model()
-    everything = swapping._predicted(subject, model, 2, final, tuple(LAYERS))
+@pytest.mark.parametrize("layers", [(), ("decoder",), ("embedding", "linear 2", "decoder"), tuple(LAYERS)])
+def test_swapped_are_the_named_layers_alone(subject, layers):
+    torch.manual_seed(3)
+    theta = subject.run.theta(2)
+    final = {name: torch.randn_like(value) for name, value in theta.items()}
+    expected, swapped = subject.model(), names_of(layers, subject.model()) if layers else []
+    expected.load_state_dict({n: final[n] if n in swapped else theta[n] for n in theta})
     with torch.no_grad():
-        expected = subject.model(subject.stages.last)(subject.task.test_inputs).argmax(-1)
-        early = subject.model(2)(subject.task.test_inputs).argmax(-1)
-    assert torch.equal(everything, expected)
-    assert torch.equal(swapping._predicted(subject, model, 2, final, ()), early)
+        decided = expected(subject.task.test_inputs).argmax(-1)
+    assert torch.equal(swapping._predicted(subject, subject.model(), 2, final, layers), decided)
 
 
 def test_confusion_counts_every_sample_once(subject):
-    predicted = subject.task.test_targets.clone()
+    right = subject.task.test_targets
+    predicted = right.clone()
     predicted[0] = (predicted[0] + 1) % 7
     counts = swapping._confusion(subject, predicted)
     assert counts.sum() == 8
     assert np.trace(counts) == 7
+    assert counts[int(right[0]), int(predicted[0])] == 1
     assert swapping.error_profile(counts, 7) == (1, 1)
 
 
