@@ -15,6 +15,8 @@ from explaind_studies.modular_addition import LAYERS
 
 __all__ = ["binned", "write_curves", "write_matrices"]
 
+#: Told apart by the colour-blind, too (Okabe and Ito).
+LAYER_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#E69F00", "#D55E00")
 #: Cells a side: more would make pages of tens of megabytes.
 CELLS = 125
 
@@ -34,13 +36,19 @@ def write_curves(path: Path, scores: xr.Dataset, metrics: xr.Dataset) -> Path:
         )
     for name in ("kernel", "regularization"):
         figure.add_trace(Scatter(x=scores.step.values, y=scores[name].values, name=name), 2, 1)
-    for layer in map(str, scores.layer.values):
-        one = scores.sel(layer=layer)
-        for row, values in ((3, one.layer_kernel), (4, one.relative_regularization)):
-            trace = Scatter(x=scores.step.values, y=values.values, name=layer, legendgroup=layer, showlegend=row == 3)
+    for number, layer in enumerate(map(str, scores.layer.values)):
+        one, line = scores.sel(layer=layer), {"color": LAYER_COLOURS[number % len(LAYER_COLOURS)]}
+        for row, curve in ((3, one.layer_kernel), (4, one.relative_regularization)):
+            trace = Scatter(
+                x=scores.step.values, y=curve.values, name=layer, legendgroup=layer, showlegend=row == 3, line=line
+            )
             figure.add_trace(trace, row, 1)
     figure.update_yaxes(type="log", row=2, col=1)
     figure.update_yaxes(type="log", row=3, col=1)
+    # The first transient is larger than all that follows; zooming out shows it.
+    later = scores.relative_regularization.isel(step=slice(scores.sizes["step"] // 10, None))
+    figure.update_yaxes(range=[1.1 * min(float(later.min()), 0), 1.1 * float(later.max())], row=4, col=1)
+    figure.update_xaxes(title_text="training step", row=4, col=1)
     figure.update_layout(height=1200, hovermode="x unified", template="plotly_white", title="Figure 3a")
     figure.write_html(path, include_plotlyjs=True)
     return path
@@ -89,9 +97,12 @@ def write_matrices(path: Path, slices: Slices, subject: Subject) -> Path:
         for k, name in enumerate(names)
     ]
     figure.update_layout(
-        updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.15}], height=850, width=900, title=names[0],
+        updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.12, "yanchor": "bottom"}], height=950,
+        width=950, margin={"t": 170}, title={"text": names[0], "y": 0.86, "font": {"size": 14}},
+        xaxis={"title": "predictions, in order"},
+        yaxis={"title": "training samples (similarity: predictions), in order", "autorange": "reversed"},
         annotations=[{
-            "text": f"means over blocks, at most {CELLS} a side", "showarrow": False, "x": 0, "y": -0.08,
+            "text": f"means over blocks, at most {CELLS} a side", "showarrow": False, "x": 1, "y": -0.1,
             "xref": "paper", "yref": "paper",
         }],
     )  # fmt: skip
