@@ -31,6 +31,7 @@ def study(
         int | None, typer.Option(help="of data and initialisation (of the first run, where several)")
     ] = None,
     betas: Annotated[str | None, typer.Option(help="of AdamW (grokking): 0.9,0.98 or 0.98,0.99")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="training steps at most (grokking, table1)")] = None,
     data: Annotated[Path | None, typer.Option(help="the folder of CIFAR-10's python files (pruning, table1)")] = None,
     parts: Annotated[str | None, typer.Option(help="only these experiments of the study, separated by commas")] = None,
     keep: Annotated[Path | None, typer.Option(help="copy the report, its tables and figures there")] = None,
@@ -54,6 +55,7 @@ def study(
     changes: dict[str, Any] = {
         "seed": seed,
         "betas": _pair(betas),
+        "most_steps": steps,
         "data": None if data is None else str(data),
         "experiments": None if parts is None else tuple(part.strip() for part in parts.split(",") if part.strip()),
     }
