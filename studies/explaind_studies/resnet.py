@@ -42,6 +42,7 @@ class ResNet9(nn.Module):
 
     Args:
         width: w, the channels of the first convolution. classes: how many. scale: of the logits.
+        channels: of the images; 3 for coloured ones.
 
     Example:
         >>> model = ResNet9()
@@ -49,12 +50,14 @@ class ResNet9(nn.Module):
         2272512
         >>> ResNet9(width=4)(torch.zeros(5, 3, 32, 32)).shape
         torch.Size([5, 2])
+        >>> ResNet9(width=4, channels=1)(torch.zeros(5, 1, 16, 16)).shape
+        torch.Size([5, 2])
     """
 
-    def __init__(self, width: int = 64, classes: int = 2, scale: float = 0.2) -> None:
+    def __init__(self, width: int = 64, classes: int = 2, scale: float = 0.2, channels: int = 3) -> None:
         super().__init__()
         self.scale = scale
-        self.layer1 = _block(3, width)
+        self.layer1 = _block(channels, width)
         self.layer2 = _block(width, 2 * width, 5, stride=2, padding=2)
         self.residual1 = Residual(2 * width)
         self.layer3 = _block(2 * width, 4 * width)
@@ -82,7 +85,7 @@ class ResNet9(nn.Module):
         return cls(min(around, key=lambda w: abs(554 * w**2 + linear * w - parameters)), classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Log-probabilities of the classes: ``[n, 3, 32, 32] -> [n, classes]``."""
+        """Log-probabilities of the classes: ``[n, channels, h, w] -> [n, classes]``, h and w of 9 or more."""
         x = self.residual1(self.layer2(self.layer1(images)))
         x = self.layer4(self.residual2(self.pool(self.layer3(x))))
         return torch.log_softmax(self.head(x.amax((2, 3))) * self.scale, dim=-1)
