@@ -98,7 +98,7 @@ def curves(model: ResNet9, importance: Tensor, task: Task, setting: Setting, see
 
     Returns:
         ``accuracy``, ``kl`` and ``pruned`` (the fraction that is zero, the output layer not counted) over
-        (method, level).
+        (way, level).
     """
     full = outputs(model, task.test_images)
     found: dict[str, list[tuple[float, float, float]]] = {
@@ -108,10 +108,10 @@ def curves(model: ResNet9, importance: Tensor, task: Task, setting: Setting, see
         for method, networks in _networks(model, importance, task, setting, seed).items()
     }
     table = np.array([found[method] for method in METHODS])
-    dims = ("method", "level")
+    dims = ("way", "level")
     return xr.Dataset(
         {"pruned": (dims, table[..., 0]), "accuracy": (dims, table[..., 1]), "kl": (dims, table[..., 2])},
-        coords={"method": list(METHODS), "level": list(setting.levels)},
+        coords={"way": list(METHODS), "level": list(setting.levels)},
     )
 
 

@@ -32,12 +32,12 @@ def claims(curves: xr.Dataset) -> list[Claim]:
     """The claims of section 4.2, each with its number.
 
     Args:
-        curves: ``accuracy`` and ``kl`` over (seed, method, level).
+        curves: ``accuracy`` and ``kl`` over (seed, way, level).
     """
     mean = curves.mean("seed")
-    ours, theirs, chance = (mean.sel(method=method) for method in (IMPORTANCE, FILTERS, RANDOM))
+    ours, theirs, chance = (mean.sel(way=method) for method in (IMPORTANCE, FILTERS, RANDOM))
     count, levels = curves.sizes["seed"], curves.level.values
-    difference = ours.accuracy - theirs.accuracy
+    difference = (ours.accuracy - theirs.accuracy).values
     lower = (ours.kl < theirs.kl).values
     better = (ours.accuracy > chance.accuracy).values
     worst = int(difference.argmin())
@@ -75,7 +75,7 @@ def tables(curves: xr.Dataset, runs: Sequence[Mapping[str, float]]) -> list[Tabl
     """Accuracy and KL by method and level, and the networks with the exactness of their scores.
 
     Args:
-        curves: over (seed, method, level). runs: for every seed, what its row holds, by column.
+        curves: over (seed, way, level). runs: for every seed, what its row holds, by column.
     """
     mean = curves.mean("seed")
     accuracy, kl = _spread(curves.accuracy), _spread(curves.kl)
@@ -83,11 +83,11 @@ def tables(curves: xr.Dataset, runs: Sequence[Mapping[str, float]]) -> list[Tabl
         [
             method,
             float(level),
-            float(mean.pruned.sel(method=method, level=level)),
-            float(mean.accuracy.sel(method=method, level=level)),
-            float(accuracy.sel(method=method, level=level)),
-            float(mean.kl.sel(method=method, level=level)),
-            float(kl.sel(method=method, level=level)),
+            float(mean.pruned.sel(way=method, level=level)),
+            float(mean.accuracy.sel(way=method, level=level)),
+            float(accuracy.sel(way=method, level=level)),
+            float(mean.kl.sel(way=method, level=level)),
+            float(kl.sel(way=method, level=level)),
         ]
         for method in METHODS
         for level in curves.level.values
@@ -138,11 +138,11 @@ def figure_2(curves: xr.Dataset, title: str) -> Figure:
     for panel, (name, label) in zip(axes, (("accuracy", "accuracy"), ("kl", "KL(full || pruned)")), strict=True):
         spread = _spread(curves[name]).fillna(0)
         for method in METHODS:
-            x, y = mean.pruned.sel(method=method), mean[name].sel(method=method)
+            x, y = mean.pruned.sel(way=method).values, mean[name].sel(way=method).values
             colour = _COLOURS.get(method, "grey")
             style = "--" if method not in _COLOURS else "-"
             panel.plot(x, y, style, marker="o", markersize=3.5, color=colour, label=method)
-            band = spread.sel(method=method)
+            band = spread.sel(way=method).values
             panel.fill_between(x, y - band, y + band, color=colour, alpha=0.15, linewidth=0)
         panel.set_xlabel("fraction of parameters pruned")
         panel.set_ylabel(label)
