@@ -85,7 +85,7 @@ class ResNet9(nn.Module):
         return cls(min(around, key=lambda w: abs(554 * w**2 + linear * w - parameters)), classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Log-probabilities of the classes: ``[n, channels, h, w] -> [n, classes]``, h and w of 9 or more."""
+        """Log-probabilities of the classes: ``[n, channels, h, w] -> [n, classes]``, h and w of 11 or more."""
         x = self.residual1(self.layer2(self.layer1(images)))
         x = self.layer4(self.residual2(self.pool(self.layer3(x))))
         return torch.log_softmax(self.head(x.amax((2, 3))) * self.scale, dim=-1)
