@@ -277,6 +277,17 @@ def test_retraining_with_masks_is_training_the_smaller_network():
         assert (model.get_parameter(name)[mask] != start.get_parameter(name)[mask]).any()
 
 
+def test_masks_of_any_entries_hold_while_retraining():
+    """Whole filters would stay at zero by themselves: nothing reaches them."""
+    model, task = small_model(), small_task()
+    generator = torch.Generator().manual_seed(0)
+    names = [n for n, _ in model.named_parameters() if n != "head.weight"]
+    masks = {n: torch.rand(model.get_parameter(n).shape, generator=generator) < 0.5 for n in names}
+    filters.apply(model, masks)
+    retrain(model, masks, task, TINY, seed=0)
+    assert not any(model.get_parameter(n)[~mask].any() for n, mask in masks.items())
+
+
 @pytest.mark.parametrize("width", [1, 3, 8])
 def test_the_share_of_filters_comes_as_near_to_the_level_as_any(width):
     model = ResNet9(width)

@@ -44,7 +44,7 @@ class Setting:
     momentum: float = 0.9
     weight_decay: float = 0.005
     scored: int = 20
-    nodes: int = 2
+    nodes: int = 1
     samples_at_once: int = 10
     levels: tuple[float, ...] = LEVELS
     retrain_epochs: int = 3
@@ -70,7 +70,7 @@ class Setting:
 
 
 PAPER = Setting()
-QUICK = Setting(seeds=2, width=4, scored=10, nodes=1)
+QUICK = Setting(seeds=2, width=4, scored=10)
 
 
 @dataclass(frozen=True)
