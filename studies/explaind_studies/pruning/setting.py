@@ -43,7 +43,7 @@ class Setting:
     peak_epoch: int = 5
     momentum: float = 0.9
     weight_decay: float = 0.005
-    scored: int = 20
+    scored: int = 10
     nodes: int = 1
     samples_at_once: int = 10
     levels: tuple[float, ...] = LEVELS
@@ -70,7 +70,7 @@ class Setting:
 
 
 PAPER = Setting()
-QUICK = Setting(seeds=2, width=4, scored=10)
+QUICK = Setting(seeds=2, width=4)
 
 
 @dataclass(frozen=True)
