@@ -108,7 +108,7 @@ def channel_counts(model: ResNet9, fraction: float) -> list[int]:
 
     Example:
         >>> channel_counts(ResNet9(width=8), 0.9)
-        [2, 5, 5, 10, 10, 5]
+        [3, 5, 5, 10, 10, 5]
     """
     widths = [_convolution(model, group.makers[0]).out_channels for group in GROUPS]
     whole = _size(model, widths)
