@@ -34,7 +34,7 @@ def parameter_importance(
         >>> from explaind_core.testing import record_example
         >>> run, images = record_example(steps=3), torch.ones(3, 4, dtype=torch.float64)
         >>> scores = parameter_importance(run, images, nodes=2, at_once=2, progress=False)
-        '>>> dict(scores.importance.sizes), scores.attrs["closure"] < 1e-12
+        >>> dict(scores.importance.sizes), scores.attrs["closure"] < 1e-12
         ({'parameter': 43}, True)
     """
     total: xr.DataArray | None = None
