@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check bench optimizers matrix faults clean
+.PHONY: demo test test-slow check bench optimizers matrix faults studies clean
 
 demo: $(VENV)/installed
 	$(BIN)/explaind demo $(ARGS)
@@ -44,3 +44,11 @@ faults: $(VENV)/installed
 	$(BIN)/python benchmarks/faults.py recording
 	$(BIN)/python benchmarks/faults.py attribution
 	$(BIN)/python benchmarks/damage.py 1000 0
+
+# The paper's experiments at their full size; the pages under docs/studies are made so. Some two hours on two cores.
+studies: $(VENV)/installed
+	$(BIN)/explaind study table1 --keep docs/studies/table1
+	$(BIN)/explaind study pruning --keep docs/studies/pruning
+	$(BIN)/explaind study grokking --keep docs/studies/grokking
+	$(BIN)/explaind study grokking --betas 0.98,0.99 --steps 2000 --parts influences,swapping \
+		--out runs/studies/grokking-0.98-0.99 --keep docs/studies/grokking-0.98-0.99
