@@ -56,13 +56,18 @@ class EntryFeatures:
         self.count = self.asked + self.others + self.remainder
         self._states: dict[str, FilterState] = {}
         self._fed: dict[str, Tensor] = {}
+        self._found: dict[str, Tensor] = {}
 
     def advance(self, split: StepDecomposition) -> dict[str, Tensor]:
-        """Feed one step; the features by parameter name: ``[entries, *shape]``, in the model's dtype."""
+        """Feed one step; the features by parameter name: ``[entries, *shape]``, in the model's dtype.
+
+        The next step's are written over them: new memory for all entries would cost as much as what is done there.
+        """
         found: dict[str, Tensor] = {}
         for rows, name, h in self.blocks(split):
-            if name not in found:
-                found[name] = h.new_empty((self.count, *h.shape[1:]))
+            if name not in self._found:
+                self._found[name] = h.new_empty((self.count, *h.shape[1:]))
+            found[name] = self._found[name]
             found[name][rows] = h
         return found
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from explaind_core.contract import updates_of
 from explaind_core.decompose import StepDecomposition
+from explaind_core.factors import slices
 from explaind_core.feature_maps import ExplainedFunction
 from explaind_core.question import Question
 from explaind_core.weighted import gram_products
@@ -23,6 +24,8 @@ from explaind_core.windows import Places
 __all__ = ["Products", "feature_map", "products", "reduced", "rest_change", "second_moments"]
 
 Points = tuple[tuple[float, float], ...]
+#: Rows of features that are squared at a time.
+_SQUARED = 16
 
 
 def reduced(values: Tensor, question: Question) -> Tensor:
@@ -159,7 +162,14 @@ def products(
 
 def second_moments(features: Mapping[str, Tensor], entries: int) -> dict[str, Tensor]:
     """``sum_e h_e^2`` over the first ``entries``: name -> float64 of the parameter's shape."""
-    return {n: torch.linalg.vector_norm(h[:entries], dim=0, dtype=torch.float64).square() for n, h in features.items()}
+    found = {}
+    for name, h in features.items():
+        flat = h[:entries].flatten(1)
+        total = torch.zeros(flat.shape[1], dtype=torch.float64)
+        for rows in slices(len(flat), _SQUARED):  # a few rows at a time stay in the processor's cache
+            total += flat[rows].double().square_().sum(0)
+        found[name] = total.reshape(h.shape[1:])
+    return found
 
 
 def _add(

@@ -89,6 +89,8 @@ def _segments(question: Question, first: int) -> Iterator[tuple[Segment, StepDec
         held.append(split)
         if entries is not None:
             found = entries.advance(split)
+            if len(segment.steps) > 1:  # they are added up, while the next step's are written over them
+                found = {n: h.clone() for n, h in found.items()}
             known = features or {}
             features = {**known, **{n: h + known[n] if n in known else h for n, h in found.items()}}
         if split.step == segment.steps[-1]:
