@@ -71,7 +71,8 @@ def attribute(
         layers: None for a layer per module that owns parameters, a list of module prefixes or types, or a mapping
             ``{name: prefix, pattern, type, list of them, or {pattern: slices}}``.
         test: which rows of ``inputs`` to explain: a slice, a list, or a ``Sample``.
-        nodes: quadrature nodes per step, ``"adaptive"``, or ``"left"`` (one node at t = 0: first order).
+        nodes: Gauss-Legendre nodes per step, ``"adaptive"``, ``"left"`` (one node at t = 0: first order), or
+            ``"midpoint:q"`` (q equal midpoints, the paper's integration steps).
         tolerance: adaptive only: the largest residual of a step, as a fraction of the largest change of an output
             over all steps asked for.
         max_nodes: adaptive only: the most nodes a step may get; one that misses the tolerance is marked.

@@ -73,7 +73,7 @@ def attribute_checkpoints(
         output: what is explained (see :func:`explaind_core.attribute`).
         layers: as in :func:`explaind_core.attribute`.
         labels: of the checkpoints, one each; by default the number in the file's name, or the position in the list.
-        nodes: quadrature nodes per segment, ``"adaptive"`` or ``"left"``.
+        nodes: quadrature nodes per segment, ``"adaptive"``, ``"left"`` or ``"midpoint:q"``.
         tolerance: adaptive only: the largest residual of a segment, as a fraction of the largest change of an output
             from the first checkpoint to the last.
         max_nodes: adaptive only: the most nodes a segment may get; one that misses the tolerance is marked.

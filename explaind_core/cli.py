@@ -29,7 +29,7 @@ console = Console()
 RunPath = Annotated[Path, typer.Argument(help="the folder that was passed to explaind.Recorder")]
 ModelName = Annotated[str, typer.Option(help="MODULE:CALLABLE that returns the architecture")]
 InputFile = Annotated[Path, typer.Option(help="test samples: a safetensors file; its tensor 'inputs', or keywords")]
-Nodes = Annotated[str, typer.Option(help="quadrature nodes per step, or 'adaptive'")]
+Nodes = Annotated[str, typer.Option(help="quadrature nodes per step, 'adaptive' or 'midpoint:q'")]
 
 
 @app.command()
@@ -105,7 +105,7 @@ def attribute(
     ] = None,
     layers: Annotated[str | None, typer.Option(help="module prefixes, separated by commas")] = None,
     test: Annotated[str | None, typer.Option(help="rows of the inputs: 0:10, or 1,5,9")] = None,
-    nodes: Annotated[str, typer.Option(help="quadrature nodes per step, 'adaptive' or 'left'")] = "adaptive",
+    nodes: Annotated[str, typer.Option(help="nodes per step, 'adaptive', 'left' or 'midpoint:q'")] = "adaptive",
     tolerance: float = 1e-3,
     strategy: Annotated[
         str | None, typer.Option(help="forward, reverse, features or adjoint; the cheapest by default")

@@ -127,7 +127,8 @@ def verify(
     Args:
         run: a run opened with its model.
         inputs: the samples, as for :func:`explaind_core.attribute`.
-        nodes: quadrature nodes per step, or ``"adaptive"`` (see ``tolerance``, ``max_nodes`` there).
+        nodes: Gauss-Legendre nodes per step, ``"adaptive"`` (see ``tolerance``, ``max_nodes`` there), or
+            ``"midpoint:100"``: the paper's rule, with as many integration steps.
         output: what is rebuilt, the model's outputs by default.
 
     Example:

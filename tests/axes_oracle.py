@@ -338,7 +338,8 @@ def influences(
 
     Args:
         run: the run. inputs: the test samples.
-        nodes: Gauss-Legendre nodes per step (or a number for each), or "left" for one node at t = 0.
+        nodes: Gauss-Legendre nodes per step (or a number for each), "left" for one node at t = 0,
+            or "midpoint:q" for q equal midpoints.
         output: ``output(call, inputs)`` is what is explained; it may look into ``call.model``.
         loss: what was trained on, where the run does not know.
     """
@@ -381,6 +382,9 @@ def influences(
     for q, before, after in zip(orders, thetas[:-1], thetas[1:], strict=True):
         if q == "left":
             points, weights = np.array([-1.0]), np.array([2.0])
+        elif isinstance(q, str):  # "midpoint:q"
+            count = int(q.split(":")[1])
+            points, weights = (2 * np.arange(count) + 1) / count - 1, np.full(count, 2 / count)
         else:
             points, weights = np.polynomial.legendre.leggauss(int(q))
         phi.append(

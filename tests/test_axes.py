@@ -151,7 +151,7 @@ questions = st.fixed_dictionaries(
     case=st.sampled_from(CASES),
     keep=subsets,
     question=questions,
-    nodes=st.sampled_from([1, 2, "left"]),
+    nodes=st.sampled_from([1, 2, "left", "midpoint:2"]),
     output=st.sampled_from([*OUTPUTS]),
     chunk=st.sampled_from([1, 2, 500]),
 )

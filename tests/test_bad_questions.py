@@ -92,7 +92,7 @@ X = torch.ones(2, 4, dtype=torch.float64)
         ({"steps": [0]}, errors.QuestionError, "no step 0"),
         ({"steps": [3, 2]}, errors.QuestionError, "must rise"),
         ({"steps": []}, errors.QuestionError, "no step is asked for"),
-        ({"nodes": 0}, errors.QuestionError, r"'adaptive', 'left' or an integer >= 1[\s\S]*0"),
+        ({"nodes": 0}, errors.QuestionError, r"'adaptive', 'left', 'midpoint:q' or an integer >= 1[\s\S]*0"),
         ({"tolerance": 0.0}, errors.QuestionError, "not positive"),
         ({"engine": "abacus"}, errors.QuestionError, "no such engine"),
         ({"memory": "1KiB"}, errors.QuestionError, r"memory budget[\s\S]*out="),

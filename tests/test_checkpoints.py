@@ -61,7 +61,10 @@ def ask(points=None, *, model=None, inputs=INPUTS, **question) -> xr.Dataset:
 # ---------------------------------------------------------------------- the oracle
 def oracle(nodes) -> tuple[dict[str, Tensor], Tensor]:
     """Parameter -> its entries' influences ``[segments, n, J, *shape]``; and ``[checkpoints, n, J]`` values."""
-    points, weights = ([-1.0], [2.0]) if nodes == "left" else np.polynomial.legendre.leggauss(nodes)
+    if nodes in ("left", "midpoint:2"):
+        points, weights = ([-1.0], [2.0]) if nodes == "left" else ([-0.5, 0.5], [1.0, 1.0])
+    else:
+        points, weights = np.polynomial.legendre.leggauss(nodes)
     rows, values = [], []
     for before, after in itertools.pairwise(states()):
         moved = {n: after[n] - before[n] for n in before}
@@ -119,7 +122,11 @@ def assert_answers(result, keep, layers, nodes):
 
 
 @settings(deadline=None, max_examples=40)
-@given(keep=st.sampled_from(SUBSETS), layers=st.sampled_from([*LAYERS]), nodes=st.sampled_from([1, 2, 5, "left"]))
+@given(
+    keep=st.sampled_from(SUBSETS),
+    layers=st.sampled_from([*LAYERS]),
+    nodes=st.sampled_from([1, 2, 5, "left", "midpoint:2"]),
+)
 def test_any_question_is_answered_as_the_oracle_answers_it(keep, layers, nodes):
     assert_answers(ask(keep=keep, layers=LAYERS[layers][0], nodes=nodes), keep, layers, nodes)
 

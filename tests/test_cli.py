@@ -173,6 +173,7 @@ def test_attribute_writes_the_result(command, keep):
         (("--test", "1,0"), {"test": [1, 0]}),
         (("--layers", "2,0.bias"), {"layers": ["2", "0.bias"]}),
         (("--nodes", "left"), {"nodes": "left"}),
+        (("--nodes", "midpoint:3"), {"nodes": "midpoint:3"}),
     ],
 )
 def test_attribute_takes_restrictions_and_nodes(command, arguments, question):

@@ -146,11 +146,17 @@ def test_a_fixed_number_of_nodes_makes_no_promise_and_counts_as_converged(tmp_pa
     assert np.isnan(result.attrs["tolerance"])
 
 
-@pytest.mark.parametrize("nodes", [0, -1, 1.5, True, "many", None])
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        0, -1, 1.5, True, "many", None, "midpoint", "midpoint:", "midpoint:0", "midpoint:-3", "midpoint:2.5",
+        "midpoint: 3", "midpoint:03", "midpoint:+3", "midpoint:1_0", "midpoint:\u0663", "Midpoint:3", "midpoint:3:3",
+    ],
+)  # fmt: skip
 def test_a_number_of_nodes_is_a_positive_integer_or_adaptive(nodes):
     with pytest.raises(QuestionError, match="nodes is not a number of nodes") as error:
         Quadrature(nodes)
-    assert error.value.expected == "'adaptive', 'left' or an integer >= 1"
+    assert error.value.expected == "'adaptive', 'left', 'midpoint:q' or an integer >= 1"
 
 
 @pytest.mark.parametrize("tolerance", [0, -1e-3, float("nan")])

@@ -127,7 +127,7 @@ questions = st.fixed_dictionaries(
 @given(
     case=st.sampled_from(TRAINED),
     question=questions,
-    nodes=st.sampled_from([2, "left"]),
+    nodes=st.sampled_from([2, "left", "midpoint:3"]),
     output=st.sampled_from([*OUTPUTS]),
 )
 def test_any_similarity_is_the_cosine_of_the_flattened_tensors(case, question, nodes, output):
