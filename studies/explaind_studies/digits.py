@@ -1,0 +1,138 @@
+"""Small images for the CNN, scikit-learn's handwritten digits, and the paper's training of it (appendix C.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import explaind_core as explaind
+from explaind_core.progress import bar
+
+__all__ = ["Images", "Schedule", "accuracy", "digits", "train_cnn"]
+
+
+@dataclass(frozen=True)
+class Images:
+    """A task of classification.
+
+    Shapes: ``*_images`` float32 ``[n, channels, h, w]``, ``*_targets`` int64 ``[n]``.
+    """
+
+    train_images: Tensor
+    train_targets: Tensor
+    test_images: Tensor
+    test_targets: Tensor
+
+
+def digits(seed: int = 0, *, test: int = 360) -> Images:
+    """The 1,797 digits of scikit-learn, 8 x 8, every pixel repeated twice in both directions; grey values 0 to 1.
+
+    Args:
+        seed: of the split. test: how many are not trained on.
+
+    Example:
+        >>> task = digits()
+        >>> task.train_images.shape, task.test_images.shape
+        (torch.Size([1437, 1, 16, 16]), torch.Size([360, 1, 16, 16]))
+    """
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    images = torch.from_numpy(found.images).float().div(16)
+    images = images.repeat_interleave(2, 1).repeat_interleave(2, 2).unsqueeze(1)
+    targets = torch.from_numpy(found.target).long()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    images, targets = images[order], targets[order]
+    return Images(images[test:], targets[test:], images[:test], targets[:test])
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """SGD with momentum, and a learning rate that rises to a peak and falls again: the paper's training of its CNN.
+
+    Attributes:
+        epochs, batch: passes over the data, in batches of so many. rate: the highest learning rate.
+        peak_epoch: at whose end it is reached, starting and ending at zero; None: it is constant.
+        whole: whether only whole batches are taken; the last one of an epoch is smaller otherwise.
+    """
+
+    epochs: int = 12
+    batch: int = 64
+    rate: float = 0.1
+    peak_epoch: int | None = 5
+    momentum: float = 0.9
+    weight_decay: float = 0.005
+    whole: bool = False
+
+    def batches(self, n: int, seed: int) -> list[Tensor]:
+        """Ids of the batches of all epochs, drawn from n samples.
+
+        Example:
+            >>> [len(ids) for ids in Schedule(epochs=2, batch=3).batches(7, 0)]
+            [3, 3, 1, 3, 3, 1]
+        """
+        generator = torch.Generator().manual_seed(seed)
+        drawn = [torch.randperm(n, generator=generator).split(self.batch) for _ in range(self.epochs)]
+        return [ids for epoch in drawn for ids in epoch if len(ids) == self.batch or not self.whole]
+
+    def rates(self, steps: int) -> list[float]:
+        """The learning rates of so many steps: the triangle's, in the middle of each step.
+
+        Example:
+            >>> [round(rate, 3) for rate in Schedule(epochs=3, peak_epoch=1).rates(3)]
+            [0.05, 0.075, 0.025]
+        """
+        if self.peak_epoch is None:
+            return [self.rate] * steps
+        knots = [0, steps * min(self.peak_epoch, self.epochs) / self.epochs, steps]
+        return [float(rate) for rate in np.interp(np.arange(steps) + 0.5, knots, [0, self.rate, 0])]
+
+
+def accuracy(model: nn.Module, images: Tensor, targets: Tensor) -> float:
+    """Fraction of samples whose argmax is right."""
+    with torch.no_grad():
+        decided = torch.cat([model(piece).argmax(1) for piece in torch.split(images, 256)])
+        return float((decided == targets).double().mean())
+
+
+def train_cnn(
+    task: Images, path: Path, model: nn.Module, schedule: Schedule, *, seed: int = 0, progress: bool = True
+) -> None:
+    """Train ``model`` in place and record it at ``path``, from the start.
+
+    Metrics: ``loss`` of each batch before its step; ``train_accuracy`` and ``test_accuracy`` at the end.
+
+    Args:
+        seed: of the order of samples.
+    """
+    loss = nn.NLLLoss()
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=schedule.rate, momentum=schedule.momentum, weight_decay=schedule.weight_decay
+    )
+    batches = schedule.batches(len(task.train_images), seed)
+    with (
+        # What a kill left here is short of its end, and quick to make again.
+        explaind.Recorder(
+            path, model, optimizer, loss, train_size=len(task.train_images), overwrite=path.exists()
+        ) as recorder,
+        bar() as display,
+    ):
+        line = display.add_task("training", total=len(batches), note="", visible=progress)
+        for ids, rate in zip(batches, schedule.rates(len(batches)), strict=True):
+            images, targets = task.train_images[ids], task.train_targets[ids]
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.zero_grad()
+            value = loss(model(images), targets)
+            value.backward()
+            recorder.batch(images, targets, ids=ids)
+            optimizer.step()
+            recorder.log(loss=value.item())
+            display.update(line, advance=1, note=f"loss {value.item():.3f}")
+        recorder.log(
+            train_accuracy=accuracy(model, task.train_images, task.train_targets),
+            test_accuracy=accuracy(model, task.test_images, task.test_targets),
+        )
