@@ -76,7 +76,7 @@ class Schedule:
             [3, 3, 1, 3, 3, 1]
         """
         generator = torch.Generator().manual_seed(seed)
-        drawn = [torch.randperm(n, generator=generator).split(self.batch) for _ in range(self.epochs)]
+        drawn = [torch.split(torch.randperm(n, generator=generator), self.batch) for _ in range(self.epochs)]
         return [ids for epoch in drawn for ids in epoch if len(ids) == self.batch or not self.whole]
 
     def rates(self, steps: int) -> list[float]:
@@ -95,7 +95,7 @@ class Schedule:
 def accuracy(model: nn.Module, images: Tensor, targets: Tensor) -> float:
     """Fraction of samples whose argmax is right."""
     with torch.no_grad():
-        decided = torch.cat([model(piece).argmax(1) for piece in torch.split(images, 256)])
+        decided = torch.cat([model(images[i : i + 256]).argmax(1) for i in range(0, len(images), 256)])
         return float((decided == targets).double().mean())
 
 

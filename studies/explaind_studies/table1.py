@@ -16,7 +16,7 @@ __all__ = ["MODELS", "PAPER", "QUICK", "Setting", "study"]
 
 PAPER = Setting()
 QUICK = Setting(
-    seed=0, explained=20, p=13, train=70, test=20, most_steps=150, cnn_width=2, cnn_epochs=2, cnn_batch=128,
+    seed=0, explained=20, p=5, train=10, test=5, most_steps=40, cnn_width=2, cnn_epochs=1, cnn_batch=128,
     resnet_width=16, resnet_images=512, resnet_batch=128, resnet_explained=4,
 )  # fmt: skip
 
