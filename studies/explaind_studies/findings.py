@@ -109,5 +109,5 @@ def rounded(cell: Any) -> str:
     if isinstance(cell, int):
         return f"{cell:,}"
     if cell == 0 or 1e-3 <= abs(cell) < 1e4:
-        return f"{cell:.3g}" if abs(cell) >= 100 or abs(cell) < 0.995 else f"{cell:.{2 if abs(cell) < 10 else 1}f}"
+        return f"{cell:.3g}" if abs(cell) >= 100 or abs(cell) < 0.9995 else f"{cell:.{2 if abs(cell) < 10 else 1}f}"
     return f"{cell:.2e}"
