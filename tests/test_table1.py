@@ -23,7 +23,7 @@ from explaind_core.errors import QuestionError
 
 TINY = Setting(
     seed=0, nodes=("midpoint:10", "midpoint:100", 1), explained=5, p=5, train=10, test=5, most_steps=2, cnn_width=1,
-    cnn_epochs=1, cnn_batch=720, resnet_width=1, resnet_images=8, resnet_batch=4, resnet_explained=3,
+    cnn_epochs=1, cnn_batch=720, resnet_width=1, resnet_images=9, resnet_batch=4, resnet_explained=3,
     resnet_nodes=("midpoint:10",),
 )  # fmt: skip
 #: What is trained and asked, in order.
@@ -159,6 +159,12 @@ def test_a_training_that_was_cut_short_is_made_again(tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "closed.json").exists()
     monkeypatch.setattr(digits, "accuracy", measured)
     assert int(subject.trained(tmp_path / "run").steps) == 2
+
+
+def test_a_whole_run_is_not_trained_again(finished):
+    """Killed between a training's end and its part's."""
+    subject = replace(next(s for s in subjects(TINY) if s.name == "transformer"), train=None)
+    assert int(subject.trained(finished[0] / "runs" / "transformer").steps) == 2
 
 
 # ------------------------------------------------------------------ settings
