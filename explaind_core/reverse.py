@@ -201,7 +201,8 @@ def _add_features(
                 i, t = divmod(e, entries)
                 _add(kernel, i, t, position, (phi * row).double(), rows, question, places, name, mask)
         else:
-            found = torch.einsum("ed,njd->enj", share, phi).double()
+            # This way round, the product is the faster one.
+            found = (phi.flatten(0, 1) @ share.T).double().T.reshape(-1, *phi.shape[:2])
             kernel[:, position if question.keeps("layer") else 0, 0, :, rows] += found.reshape(
                 steps, entries, *found.shape[1:]
             )

@@ -56,8 +56,8 @@ class Setting:
     resnet_width: int = 64
     resnet_images: int = 10_000
     resnet_batch: int = 256
-    resnet_explained: int = 20
-    resnet_nodes: tuple[int | str, ...] = ("midpoint:10", "adaptive")
+    resnet_explained: int = 10
+    resnet_nodes: tuple[int | str, ...] = ("adaptive",)
 
 
 @dataclass(frozen=True)

@@ -142,13 +142,19 @@ def summary(found: Sequence[Found], setting: Setting) -> list[str]:
 
 
 def _left_out(one: Found) -> str:
-    """Why the full-width network is not rebuilt with 100 midpoints, unless it is."""
-    if "midpoint:100" in one.rules or "midpoint:10" not in one.rules:
+    """Why the full-width network is not rebuilt with equal midpoints, unless it is."""
+    if "midpoint:100" in one.rules:
         return ""
-    seconds = float(one.rules["midpoint:10"].seconds)
+    measured = next((name for name in ("midpoint:10", "adaptive") if name in one.rules), None)
+    if measured is None:
+        return ""
+    check, steps = one.rules[measured], int(one.trained.steps)
+    seconds, evaluated = float(check.seconds), float(check.nodes_evaluated) * steps
+    missing = [q for q in (10, 100) if f"midpoint:{q}" not in one.rules]
+    estimates = " and ".join(f"{seconds * q * steps / evaluated:,.0f} s" for q in missing)
     return (
-        f" 100 midpoints are left out by default: 10 took {seconds:,.0f} s for {int(one.trained.steps)} steps, "
-        "100 take ten times as long."
+        f" {' and '.join(map(str, missing))} midpoints a step are left out by default: {evaluated:,.0f} nodes in "
+        f"{steps} steps took {seconds:,.0f} s, so these would take about {estimates}."
     )
 
 
