@@ -35,8 +35,8 @@ def fit(similarity: np.ndarray, values: np.ndarray, p: int, alpha: float) -> xr.
         values: the samples' sums a + b. p: the largest period; the smallest is 2.
 
     Returns:
-        ``cosine`` and ``sine`` over ``frequency``; ``predicted`` ``[n, n]``; ``r2``, ``intercept``, ``iterations``
-        and ``left_out``, the number of NaN, in the attributes.
+        ``cosine`` and ``sine`` over ``frequency``; ``predicted`` ``[n, n]``; ``r2``, ``intercept``, ``iterations``,
+        ``dual_gap`` (by how much the objective may be off) and ``left_out``, the number of NaN, in the attributes.
     """
     from sklearn.linear_model import Lasso
 
@@ -52,7 +52,7 @@ def fit(similarity: np.ndarray, values: np.ndarray, p: int, alpha: float) -> xr.
     # The mean squared error over pairs is, but for a constant, that of means by difference, weighted by their numbers.
     count = np.bincount(place[one, other], minlength=len(differences)).astype(np.float64)
     mean = np.bincount(place[one, other], target[one, other], minlength=len(differences)) / np.maximum(count, 1)
-    model = Lasso(alpha=alpha, max_iter=100_000, tol=1e-8)
+    model = Lasso(alpha=alpha, max_iter=1_000_000, tol=1e-6)
     model.fit(table, mean, sample_weight=count)
     predicted = model.predict(table)[place]
     error, variance = ((target - predicted)[one, other] ** 2).mean(), target[one, other].var()
@@ -65,7 +65,8 @@ def fit(similarity: np.ndarray, values: np.ndarray, p: int, alpha: float) -> xr.
         coords={"frequency": frequencies},
         attrs={
             "r2": float(1 - error / variance) if variance > 0 else float("nan"), "intercept": float(model.intercept_),
-            "iterations": int(model.n_iter_), "alpha": alpha, "left_out": n * (n - 1) - len(one),
+            "iterations": int(model.n_iter_), "dual_gap": float(model.dual_gap_),
+            "alpha": alpha, "left_out": n * (n - 1) - len(one),
         },
     )  # fmt: skip
 
@@ -82,7 +83,7 @@ def lasso(book: Workbook, subject: Subject, slices: Slices) -> xr.Dataset:
         scores = xr.Dataset(
             {
                 name: ("layer", [one.attrs[name] for one in found])
-                for name in ("r2", "intercept", "iterations", "left_out")
+                for name in ("r2", "intercept", "iterations", "dual_gap", "left_out")
             }
         )
         return xr.concat(found, "layer", combine_attrs="drop").assign_coords(layer=list(LAYERS)).merge(scores)
