@@ -80,7 +80,10 @@ def test_a_bar_in_a_cell_does_not_end_it():
 
 # ------------------------------------------------------------------ the report
 def report(**changes):
-    parts = {"a": {"seconds": 61.26, "peak_bytes": 3 * 2**29, "attempts": 1}, "b": {"seconds": 2.0, "peak_bytes": 0}}
+    parts = {
+        "a": {"threads": 2, "seconds": 61.26, "peak_bytes": 3 * 2**29, "attempts": 1},
+        "b": {"seconds": 2.0, "peak_bytes": 0},
+    }
     whole = {
         "study": "example", "title": "An example", "summary": ["first", "second"],
         "settings": {"seed": 3, "sizes": [1, 20_000]},
@@ -119,8 +122,8 @@ def test_the_page_has_everything_in_its_order(tmp_path):
             "| seed | 3 |",
             "| sizes | 1, 20,000 |",
             "| versions | python",
-            "| a | 61.3 | 1.50 |",
-            "| all parts | 63.3 |",
+            "| a | 61.3 | 2 | 1.50 |",
+            "| all parts | 63.3 | - |",
         )
     ]
     assert places == sorted(places)
@@ -144,7 +147,7 @@ def test_the_reports_facts_are_json(tmp_path):
     assert facts["tables"] == ["tables/t.json"]
     assert facts["figures"] == ["figures/p.png"]
     assert facts["versions"]["torch"] == torch.__version__
-    assert facts["hardware"]["threads"] == torch.get_num_threads()
+    assert facts["parts"]["a"]["threads"] == 2
     assert json.loads((tmp_path / "tables" / "t.json").read_text())["rows"] == [[1.0]]
 
 

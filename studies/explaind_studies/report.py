@@ -13,8 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from explaind_core.provenance import git_commit
 from explaind_studies.findings import Claim, Picture, Table, rounded
 
@@ -33,7 +31,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores, threads and memory.
+    """Processor, cores and memory.
 
     Example:
         >>> hardware()["cores"] >= 1
@@ -45,7 +43,7 @@ def hardware() -> dict[str, Any]:
         processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    found: dict[str, Any] = {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {"processor": processor, "cores": os.cpu_count()}
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         found["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     return found
@@ -133,14 +131,15 @@ class Report:
         rows += [["versions", ", ".join(f"{k} {v}" for k, v in facts["versions"].items())]]
         rows += [["hardware", ", ".join(f"{k} {v}" for k, v in machine.items())]]
         rows += [["made", f"{facts['created'][:10]}, commit {str(facts['git_commit'])[:12]}"]]
-        parts = [
-            [name, round(part["seconds"], 1), f"{part['peak_bytes'] / 2**30:.2f}"] for name, part in self.parts.items()
+        shown: list[list[Any]] = [
+            [name, f"{part['seconds']:,.1f}", part.get("threads"), f"{part['peak_bytes'] / 2**30:.2f}"]
+            for name, part in self.parts.items()
         ]
-        parts.append(["all parts", round(self.seconds, 1), ""])
-        shown = [[name, f"{seconds:,.1f}", peak] for name, seconds, peak in parts]
+        shown.append(["all parts", f"{self.seconds:,.1f}", None, None])
+        columns = ("part", "seconds", "threads", "peak memory of the process by then, GiB")
         return [
             Table("", "", ("setting", ""), rows).markdown(),
-            Table("", "", ("part", "seconds", "peak memory of the process by then, GiB"), shown).markdown(),
+            Table("", "", columns, shown).markdown(),
         ]
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import xarray as xr
 from rich.console import Console
 
@@ -59,7 +60,7 @@ class Workbook:
             )
         )
         self.console, self.progress = console or Console(), progress
-        #: Part -> seconds, peak_bytes (of the whole process, by the end of the part) and attempts.
+        #: Part -> seconds, peak_bytes (of the process, by the end of the part), attempts, and threads of the last.
         self.parts: dict[str, dict[str, Any]] = {}
         self._check()
 
@@ -138,6 +139,7 @@ class Workbook:
                 "seconds": before["seconds"] + time.perf_counter() - start,
                 "peak_bytes": max(before["peak_bytes"], _peak()),
                 "attempts": before["attempts"] + 1,
+                "threads": torch.get_num_threads(),
             }
             (self.folder / "parts" / f"{name}.json").write_text(json.dumps(effort) + "\n")
 

@@ -162,7 +162,7 @@ def draw_kernels(folder: Path, slices: Slices, subject: Subject) -> list[Picture
                 kinds = {"test": "test predictions", "train": "training predictions", "similarity": "test"}
                 line[0].set_ylabel(f"{layer}\n{kinds[kind]}", fontsize=9)
             figure.suptitle(f"{title}; ordered by {words}")
-            save(figure, folder / f"{name}{suffix}.png")
+            save(figure, folder / f"{name}{suffix}.png", dpi=90, colours=128)
             axis = "test samples" if name == "figure_5" else "rows: training samples, columns: predictions"
             found.append(Picture(f"figures/{name}{suffix}.png", f"{title}; {axis}, ordered by {words}."))
     return found
@@ -187,5 +187,5 @@ def draw_lasso(folder: Path, found: xr.Dataset, slices: Slices, subject: Subject
         line[2].set(
             xlabel="frequency f (a period)", ylabel="coefficient", title=f"{layer}: cosines, R2 {float(one.r2):.2f}"
         )
-    save(figure, folder / "figure_9.png")
+    save(figure, folder / "figure_9.png", dpi=90, colours=256)
     return [Picture("figures/figure_9.png", "Figure 9: lasso regression of similarities, ordered by a + b.")]

@@ -129,6 +129,7 @@ def pipeline_claims(found: xr.Dataset) -> list[Claim]:
         both.train_accuracy.mean("seed").interp(step=both.tested.values[:-1]).values
         - both.test_accuracy.mean("seed").values[:-1]
     )
+    learned = both.train_accuracy.isel(step=-1).mean("seed")
     early = {at: float(last.sel(start=f"Att. {at}")) for at in CHECKPOINTS}
     return [
         Claim(
@@ -137,8 +138,11 @@ def pipeline_claims(found: xr.Dataset) -> list[Claim]:
             f"{float(final):.1%} ({random:.1%})", float(final) >= 0.9,
         ),
         Claim(
-            "5.1", "they bypass memorisation", "largest gap between mean training and test accuracy: below 25 points",
-            f"{100 * float(gap.max()):.1f} points", float(gap.max()) < 0.25,
+            "5.1", "they bypass memorisation",
+            "largest gap of mean training and test accuracy: below 25 points, where training accuracy reaches 50 %",
+            f"{100 * float(gap.max()):.1f} points, training accuracy {float(learned):.1%}",
+            float(gap.max()) < 0.25 if learned >= 0.5 else None,
+            "" if learned >= 0.5 else f"nothing is learned within {steps} steps",
         ),
         Claim(
             "5.1, Figure 8", "attention alone does the same", f"mean test accuracy after {steps} steps: at least 90 %",
@@ -146,8 +150,8 @@ def pipeline_claims(found: xr.Dataset) -> list[Claim]:
         ),
         Claim(
             "5.1, Figure 3b", "an earlier checkpoint (1,539) generalises as quickly, to slightly lower accuracy",
-            "mean test accuracy at the end: within 10 points of the final model's, and below it",
-            f"{float(before):.1%} against {float(final):.1%}", 0 < float(final - before) < 0.1,
+            "mean test accuracy at the end: within 10 points of the final model's, which is above 50 %, and below it",
+            f"{float(before):.1%} against {float(final):.1%}", float(final) > 0.5 and 0 < float(final - before) < 0.1,
         ),
         Claim(
             "Figure 8", "only attention of later checkpoints generalises at once",

@@ -122,7 +122,7 @@ def swap_table(found: xr.Dataset, subject: Subject) -> Table:
 def swap_claims(found: xr.Dataset, subject: Subject) -> list[Claim]:
     """Appendix E's claims about swapping."""
     stages = subject.stages
-    after = found.change.sel(step=slice(min(stages.at(1100), stages.last), stages.last))
+    after = found.change.sel(step=slice(min(stages.memorised, stages.last), stages.last))
     gain = 100 * after.sel(swap=_SWAPPED)
     positive = float((gain > 0).mean())
     others = {n: 100 * float(after.sel(swap=n).mean()) for n in SWAPS if n != _SWAPPED}
@@ -134,12 +134,12 @@ def swap_claims(found: xr.Dataset, subject: Subject) -> list[Claim]:
     return [
         Claim(
             "Figure 7a", "swapping in embedding, linear 2 and decoder improves accuracy by over 15 points",
-            "largest gain in points after memorisation; part of the steps that gain",
+            f"largest gain in points from memorisation (step {stages.memorised}) on; part of the checkpoints that gain",
             f"{float(gain.max()):.1f}; {positive:.0%}", float(gain.max()) > 15,
         ),
         Claim(
             "5.1", "the outer layers consistently improve the checkpoints' predictions, other combinations do not",
-            f"mean gain over steps {stages.at(1100)} to {stages.last}, in points: {_SWAPPED}; the others",
+            f"mean gain over steps {stages.memorised} to {stages.last}, in points: {_SWAPPED}; the others",
             f"{float(gain.mean()):.1f}; " + ", ".join(f"{n} {v:.1f}" for n, v in others.items()),
             float(gain.mean()) > 0 and all(v < float(gain.mean()) for v in others.values())
             and any(v < 0 for v in others.values()),
