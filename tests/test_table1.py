@@ -102,7 +102,7 @@ def test_the_page_has_claims_tables_pictures_and_what_departs(finished):
     page = (folder / "README.md").read_text()
     for part in (
         "Made by `explaind study table1`", "betas (0.9, 0.98), where the paper names (0.98, 0.99)",
-        "scikit-learn's digits", "100 midpoints are left out by default: 10 took", "Peak memory is that of the whole",
+        "scikit-learn's digits", "100 midpoints a step are left out by default: ", "Peak memory is that of the whole",
         "## Exactness",
         "![Transformer on MOD-5", "figures/residuals_cnn.png", "| ResNet9, width 1 | digits | 100 midpoints |",
     ):  # fmt: skip
