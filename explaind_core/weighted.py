@@ -18,8 +18,11 @@ def gram_products(
     left: Mapping[str, Tensor], right: Mapping[str, Tensor], weights: Mapping[str, Tensor],
     masks: Mapping[str, Tensor | None],
 ) -> Matrices:  # fmt: skip
-    """``sum_j phi(x)_j diag(weights) phi(x')_j^T`` of two blocks of test samples within a layer: ``[n', n'']``."""
-    total: Any = 0.0
+    """``sum_j phi(x)_j diag(weights) phi(x')_j^T`` of two blocks of test samples within a layer: ``[n', n'']``.
+
+    A parameter without weights counts nothing: it had no gradient yet.
+    """
+    total = np.zeros(tuple(len(next(iter(phi.values()))) for phi in (left, right)))
     for name, mask in masks.items():
         if name in weights:
             root = weights[name].double().sqrt().reshape(-1)
@@ -28,8 +31,8 @@ def gram_products(
             if size > 0:
                 a, one = _scaled(left[name], root / size)
                 b, other = (a, one) if right is left else _scaled(right[name], root / size)
-                total = total + ((a @ b.T).double() * (size * one * (size * other).T)).numpy()
-    return np.asarray(total)
+                total += ((a @ b.T).double() * (size * one * (size * other).T)).numpy()
+    return total
 
 
 def _scaled(phi: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:

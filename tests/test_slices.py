@@ -7,7 +7,7 @@ import pytest
 import torch
 from attribution_oracles import modules
 from axes_oracle import AXES, influences
-from axes_runs import BATCHES, CASES, INPUTS, example
+from axes_runs import BATCHES, CASES, DATA, INPUTS, OPTIMIZERS, TARGETS, example, network, record_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -82,8 +82,6 @@ def test_what_does_not_fit_is_refused_before_any_work(memory):
 def test_late_windows_start_where_gradients_matter(monkeypatch):
     torch.manual_seed(0)
     model = nn.Linear(2, 1).double()
-    from axes_runs import record_batches
-
     run = record_batches(
         model, lambda p: torch.optim.AdamW(p, lr=0.01, betas=(0.3, 0.9)), torch.randn(4, 2).double(),
         torch.randn(4, 1).double(), [[s % 4, (s + 1) % 4] for s in range(60)], loss=nn.MSELoss(),
@@ -94,3 +92,16 @@ def test_late_windows_start_where_gradients_matter(monkeypatch):
     assert "below rounding before step 2" in fast.attrs["tail_dropped"]
     slow = explaind.attribute(run, inputs, strategy="adjoint", **asked)
     np.testing.assert_allclose(fast.kernel.values, slow.kernel.values, rtol=0, atol=1e-15)
+
+
+def test_a_layer_without_gradients_so_far_has_no_similarity_there():
+    first = ["0.weight", "0.bias"]
+    run = record_batches(
+        network(), OPTIMIZERS["adamw"], DATA, TARGETS, BATCHES, missing={1: first, 2: first}
+    )  # fmt: skip
+    asked = options(run, {"a": [1], "b": [2, 3]}, 1, None, len(INPUTS))
+    found = explaind.kernel_slices(run, INPUTS, **asked).similarity
+    assert np.isnan(found.sel(step="a", layer="0")).all()
+    assert np.isfinite(found.sel(step="b")).all()
+    apart = explaind.similarity(run, INPUTS, over=("step", "parameter", "train"), per=("step", "layer"), **asked)
+    np.testing.assert_allclose(found.values, apart.values, rtol=0, atol=1e-10)
