@@ -37,7 +37,7 @@ def study(
     keep: Annotated[Path | None, typer.Option(help="copy the report, its tables and figures there")] = None,
 ) -> None:
     """Reproduce an experiment of the paper, beside the paper's values; 0 if everything computed is exact."""
-    from explaind_studies.catalogue import STUDIES, missing_packages, run_study
+    from explaind_studies.catalogue import STUDIES, known_study, missing_packages, run_study
 
     if name is None:
         table = Table("study", "reproduces")
@@ -45,8 +45,7 @@ def study(
             table.add_row(known.name, known.title)
         console.print(table)
         raise typer.Exit(0)
-    if name not in STUDIES:
-        raise QuestionError(f"there is no study {name!r}", where="explaind study", expected=sorted(STUDIES), got=name)
+    chosen = known_study(name)
     if missing := missing_packages():
         raise QuestionError(
             f"the studies need {', '.join(missing)}", where="explaind study",
@@ -59,7 +58,7 @@ def study(
         "data": None if data is None else str(data),
         "experiments": None if parts is None else tuple(part.strip() for part in parts.split(",") if part.strip()),
     }
-    setting = STUDIES[name].setting(quick=quick, **changes)
+    setting = chosen.setting(quick=quick, **changes)
     folder = out if out is not None else Path("runs") / "studies" / (f"{name}-quick" if quick else name)
     command = "explaind " + shlex.join(sys.argv[1:])
     try:

@@ -12,10 +12,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-__all__ = ["figure_3a", "save"]
+__all__ = ["COLOURS", "figure_3a", "save"]
 
 #: Colours of up to eight layers, told apart by the colour-blind too (Okabe and Ito).
-_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#E69F00", "#D55E00", "#CC79A7", "#000000")
+COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#E69F00", "#D55E00", "#CC79A7", "#000000")
 
 
 def figure_3a(metrics: xr.Dataset, scores: xr.Dataset, *, title: str = "") -> Figure:
@@ -39,7 +39,7 @@ def figure_3a(metrics: xr.Dataset, scores: xr.Dataset, *, title: str = "") -> Fi
         terms.plot(scores.step, scores[name], label=name, color=colour)
     _dress(terms, "importance of kernel and regularization", "sum |influence|", positive=True)
     for index, layer in enumerate(scores.layer.values):
-        colour = _COLOURS[index % len(_COLOURS)]
+        colour = COLOURS[index % len(COLOURS)]
         one = scores.sel(layer=layer)
         layers.plot(scores.step, one.layer_kernel, label=str(layer), color=colour)
         relative.plot(scores.step, one.relative_regularization, label=str(layer), color=colour)

@@ -20,10 +20,11 @@ import xarray as xr
 from explaind_core.attribute import answer
 from explaind_core.budget import check_fits
 from explaind_core.errors import QuestionError
-from explaind_core.grams import Matrices, gram
+from explaind_core.grams import gram
 from explaind_core.question import AXES, Question
 from explaind_core.restrictions import Window, segments_of
 from explaind_core.run import Run
+from explaind_core.weighted import Matrices, cosines
 
 __all__ = ["Asked", "similarity"]
 
@@ -83,9 +84,6 @@ def similarity(
         products, nodes_used, failed = gram(question, asked.windows, asked.per, progress)
     else:
         products, nodes_used, failed = _asked(question, asked.windows, asked.over, asked.per, progress)
-    norms = np.sqrt(np.diagonal(products, axis1=-2, axis2=-1))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        cosine = products / (norms[..., :, None] * norms[..., None, :])
     attributes: dict[str, Any] = {
         "score": "cosine similarity (Definition 4.4)",
         "over": list(asked.over),
@@ -96,7 +94,7 @@ def similarity(
     if question.notes:
         attributes["sampled"] = "; ".join(question.notes)
     return xr.DataArray(
-        cosine,
+        cosines(products),
         dims=(*asked.per, "test", "other"),
         coords={**asked.labels, "test": rows, "other": rows},
         name="similarity",

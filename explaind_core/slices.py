@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 import xarray as xr
 
 from explaind_core.attribute import forwards
@@ -20,6 +19,7 @@ from explaind_core.results import Frame
 from explaind_core.run import Run
 from explaind_core.stepwise import row_bytes
 from explaind_core.strategy import choose
+from explaind_core.weighted import cosines
 
 __all__ = ["kernel_slices"]
 
@@ -67,6 +67,7 @@ def kernel_slices(
 
     Example:
         >>> from explaind_core.testing import record_example
+        >>> import torch
         >>> inputs = torch.tensor([[1.0, 0, 0, 0], [2, 0, 0, 0]], dtype=torch.float64)
         >>> slices = kernel_slices(record_example(steps=2), inputs, steps={"all": slice(1, 3)}, progress=False)
         >>> dict(slices.similarity.sizes)
@@ -90,13 +91,6 @@ def kernel_slices(
         f"kernel slices and similarities of {n} test samples", "name fewer windows or test samples, or raise memory=",
     )  # fmt: skip
     parts = list(forwards(frame, 0, progress))
-    products = np.stack([_gram(part.gram, len(question.layers), n) for part in parts])
-    norms = np.sqrt(np.diagonal(products, axis1=-2, axis2=-1))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        cosine = products / (norms[..., :, None] * norms[..., None, :])
+    similar = cosines(np.stack([part.gram for part in parts if part.gram is not None]))
     found = frame.collect(parts)
-    return found.assign(similarity=(("step", "layer", "test", "other"), cosine)).assign_coords(other=found.test.values)
-
-
-def _gram(products: torch.Tensor | None, layers: int, n: int) -> np.ndarray[Any, Any]:
-    return np.zeros((layers, n, n)) if products is None else products.numpy()
+    return found.assign(similarity=(("step", "layer", "test", "other"), similar)).assign_coords(other=found.test.values)

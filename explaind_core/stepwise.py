@@ -206,8 +206,8 @@ def _by_reverse_mode(
     shapes = {name: term.shape for name, term in total.terms.items()}
     blocks = _blocks(question)
     # The order is told by the whole update: products with every entry's features are taken once it is known.
-    tried = features if not question.quadrature.adaptive else None
-    summed = shapes if features is None or tried is not None else {
+    tried = None if question.quadrature.adaptive else features
+    summed = shapes if tried is features else {
         name: torch.Size((1, *shape[1:3], 1, *shape[4:])) for name, shape in shapes.items()
     }  # fmt: skip
 
@@ -219,7 +219,7 @@ def _by_reverse_mode(
     before, after = (reduced(v, question) for v in values)
     climbed = climb(question.quadrature, rung, bound, before, after, evaluate, question.function.dtype)
     best = climbed.best
-    if features is not tried:
+    if tried is not features:
         points = question.quadrature.points(climbed.nodes)
         best = products(question, places, split, names, features, blocks, points, shapes)
     for name, term in best.terms.items():

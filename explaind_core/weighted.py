@@ -9,9 +9,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Matrices", "gram_products"]
+__all__ = ["Matrices", "cosines", "gram_products"]
 
 Matrices = np.ndarray[Any, Any]
+
+
+def cosines(products: Matrices) -> Matrices:
+    """Inner products ``[..., n, n]`` divided by both norms; NaN where one is zero.
+
+    Example:
+        >>> cosines(np.array([[4.0, 3.0], [3.0, 9.0]]))
+        array([[1. , 0.5],
+               [0.5, 1. ]])
+    """
+    norms = np.sqrt(np.diagonal(products, axis1=-2, axis2=-1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found: Matrices = products / (norms[..., :, None] * norms[..., None, :])
+    return found
 
 
 def gram_products(

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from explaind_studies.catalogue import run_study
 from explaind_studies.grokking import GrokkingSetting, influences, interactive, kernels, lasso, pipelines, swapping
 from explaind_studies.grokking.setting import EXPERIMENTS
 from explaind_studies.grokking.stages import CHECKPOINTS, PAPER_STAGES, Stages, find_stages
@@ -20,6 +19,7 @@ from explaind_studies.workbook import Workbook
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from study_runs import run_quietly
 
 import explaind_core as explaind
 from explaind_core.errors import QuestionError, StoreError
@@ -31,10 +31,7 @@ TINY = GrokkingSetting(
 
 
 def run(folder, setting=TINY, **options):
-    console = Console(file=StringIO(), width=200)
-    return run_study(
-        "grokking", folder, setting, command="explaind study grokking", console=console, progress=False, **options
-    )
+    return run_quietly("grokking", folder, setting, **options)
 
 
 @pytest.fixture(scope="module")

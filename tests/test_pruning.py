@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
-from io import StringIO
 
 import numpy as np
 import pytest
 import torch
 import xarray as xr
 from cifar_files import write_cifar
-from explaind_studies.catalogue import STUDIES, run_study
+from explaind_studies.catalogue import STUDIES
 from explaind_studies.pruning import PAPER, QUICK, Setting
 from explaind_studies.pruning import study as study_function
 from explaind_studies.pruning.curves import IMPORTANCE
@@ -21,7 +20,7 @@ from explaind_studies.pruning.setting import LEVELS, Task, images
 from explaind_studies.pruning.training import record
 from explaind_studies.resnet import ResNet9
 from pruning_cases import TINY, small_task
-from rich.console import Console
+from study_runs import run_quietly
 
 import explaind_core as explaind
 from explaind_core.errors import QuestionError, StoreError
@@ -182,10 +181,7 @@ def test_questions_that_make_no_sense_are_refused(tmp_path):
 
 
 def quiet(folder, setting, **options):
-    return run_study(
-        "pruning", folder, setting, command="explaind study pruning", progress=False,
-        console=Console(file=StringIO()), **options,
-    )  # fmt: skip
+    return run_quietly("pruning", folder, setting, **options)
 
 
 SMALL = Setting(seeds=2, width=2, batch=400, epochs=1, scored=10, nodes=1, levels=(0.7, 0.9), retrain_epochs=1)

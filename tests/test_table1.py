@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
-from io import StringIO
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,10 +11,9 @@ import pytest
 import torch
 import xarray as xr
 from explaind_studies import demo, digits, table1_models
-from explaind_studies.catalogue import run_study
 from explaind_studies.table1_models import Setting, subjects
 from explaind_studies.table1_page import Found, checks, claims, summary, table
-from rich.console import Console
+from study_runs import run_quietly
 
 import explaind_core as explaind
 from explaind_core.errors import QuestionError
@@ -34,10 +31,7 @@ PARTS = [
 
 
 def run(folder, setting=TINY, **options):
-    text = Console(file=StringIO(), width=300)
-    return run_study(
-        "table1", folder, setting, command="explaind study table1", console=text, progress=False, **options
-    )
+    return run_quietly("table1", folder, setting, **options)
 
 
 @pytest.fixture(scope="module")
@@ -182,9 +176,7 @@ def test_the_cnn_learns_cifar_where_it_is_given(tmp_path, monkeypatch):
         train_images=images[:6], train_targets=targets[:6], test_images=images[6:], test_targets=targets[6:]
     )
     asked = []
-    monkeypatch.setitem(
-        sys.modules, "explaind_studies.cifar", SimpleNamespace(cifar2=lambda f: asked.append(f) or found)
-    )
+    monkeypatch.setattr(table1_models, "cifar2", lambda f: asked.append(f) or found)
     setting = replace(
         TINY, experiments=("cnn",), data=str(tmp_path), cifar_batch=4, nodes=("midpoint:10",), explained=2
     )

@@ -15,7 +15,7 @@ from explaind_core.errors import QuestionError
 from explaind_studies.report import Report, keep
 from explaind_studies.workbook import Workbook
 
-__all__ = ["STUDIES", "Study", "missing_packages", "run_study"]
+__all__ = ["STUDIES", "Study", "known_study", "missing_packages", "run_study"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,21 @@ STUDIES: Mapping[str, Study] = {
 }
 
 
+def known_study(name: str) -> Study:
+    """The study of that name.
+
+    Raises:
+        QuestionError: there is none.
+
+    Example:
+        >>> known_study("table1").title
+        'Table 1: the rebuilt predictions against the models'
+    """
+    if name not in STUDIES:
+        raise QuestionError(f"there is no study {name!r}", where="explaind study", expected=sorted(STUDIES), got=name)
+    return STUDIES[name]
+
+
 def missing_packages() -> list[str]:
     """Which of the packages of the extra ``studies`` are not installed.
 
@@ -88,11 +103,10 @@ def run_study(
     Raises:
         QuestionError: there is no such study. StoreError: the folder holds something else.
     """
-    if name not in STUDIES:
-        raise QuestionError(f"there is no study {name!r}", where="explaind study", expected=sorted(STUDIES), got=name)
+    module = known_study(name).module
     console = console or Console()
     book = Workbook(folder, name, setting, console=console, progress=progress)
-    function: Callable[[Workbook, Any], Report] = import_module(STUDIES[name].module).study
+    function: Callable[[Workbook, Any], Report] = import_module(module).study
     report = function(book, setting)
     page = report.write(folder, command)
     if kept is not None:

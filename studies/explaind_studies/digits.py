@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import explaind_core as explaind
 from explaind_core.progress import bar
 
-__all__ = ["Images", "Schedule", "accuracy", "digits", "train_cnn"]
+__all__ = ["Images", "Schedule", "accuracy", "batches", "digits", "enlarged_digits", "train_cnn"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,34 @@ class Images:
     test_targets: Tensor
 
 
+def enlarged_digits() -> tuple[Tensor, Tensor]:
+    """All of them, in scikit-learn's order, with pixels 0 to 16: float32 ``[1797, 1, 16, 16]``, int64 ``[1797]``.
+
+    Every pixel is repeated twice in both directions: 8 x 8 are fewer than the network needs.
+
+    Example:
+        >>> pixels, targets = enlarged_digits()
+        >>> pixels.shape, int(pixels.max()), targets.unique().tolist() == list(range(10))
+        (torch.Size([1797, 1, 16, 16]), 16, True)
+    """
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    pixels = torch.from_numpy(found.images).float().unsqueeze(1)
+    return pixels.repeat_interleave(2, 2).repeat_interleave(2, 3), torch.from_numpy(found.target).long()
+
+
+def batches(size: int, batch: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Ids, every one once an epoch, in a new order each; the last batch of an epoch is what is left.
+
+    Example:
+        >>> [len(ids) for ids in batches(5, 2, 2, torch.Generator())]
+        [2, 2, 1, 2, 2, 1]
+    """
+    for _ in range(epochs):
+        yield from torch.split(torch.randperm(size, generator=generator), batch)
+
+
 def digits(seed: int = 0, *, test: int = 360) -> Images:
     """The 1,797 digits of scikit-learn, 8 x 8, every pixel repeated twice in both directions; grey values 0 to 1.
 
@@ -39,14 +68,9 @@ def digits(seed: int = 0, *, test: int = 360) -> Images:
         >>> task.train_images.shape, task.test_images.shape
         (torch.Size([1437, 1, 16, 16]), torch.Size([360, 1, 16, 16]))
     """
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    images = torch.from_numpy(found.images).float().div(16)
-    images = images.repeat_interleave(2, 1).repeat_interleave(2, 2).unsqueeze(1)
-    targets = torch.from_numpy(found.target).long()
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    images, targets = images[order], targets[order]
+    pixels, targets = enlarged_digits()
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
+    images, targets = pixels[order].div(16), targets[order]
     return Images(images[test:], targets[test:], images[:test], targets[:test])
 
 
@@ -75,9 +99,8 @@ class Schedule:
             >>> [len(ids) for ids in Schedule(epochs=2, batch=3).batches(7, 0)]
             [3, 3, 1, 3, 3, 1]
         """
-        generator = torch.Generator().manual_seed(seed)
-        drawn = [torch.split(torch.randperm(n, generator=generator), self.batch) for _ in range(self.epochs)]
-        return [ids for epoch in drawn for ids in epoch if len(ids) == self.batch or not self.whole]
+        drawn = batches(n, self.batch, self.epochs, torch.Generator().manual_seed(seed))
+        return [ids for ids in drawn if len(ids) == self.batch or not self.whole]
 
     def rates(self, steps: int) -> list[float]:
         """The learning rates of so many steps: the triangle's, in the middle of each step.
@@ -113,7 +136,7 @@ def train_cnn(
     optimizer = torch.optim.SGD(
         model.parameters(), lr=schedule.rate, momentum=schedule.momentum, weight_decay=schedule.weight_decay
     )
-    batches = schedule.batches(len(task.train_images), seed)
+    drawn = schedule.batches(len(task.train_images), seed)
     with (
         # What a kill left here is short of its end, and quick to make again.
         explaind.Recorder(
@@ -121,8 +144,8 @@ def train_cnn(
         ) as recorder,
         bar() as display,
     ):
-        line = display.add_task("training", total=len(batches), note="", visible=progress)
-        for ids, rate in zip(batches, schedule.rates(len(batches)), strict=True):
+        line = display.add_task("training", total=len(drawn), note="", visible=progress)
+        for ids, rate in zip(drawn, schedule.rates(len(drawn)), strict=True):
             images, targets = task.train_images[ids], task.train_targets[ids]
             optimizer.param_groups[0]["lr"] = rate
             optimizer.zero_grad()

@@ -9,7 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Claim", "Picture", "Table", "rounded"]
+__all__ = ["CLOSES", "Claim", "Picture", "Table", "rounded"]
+
+
+#: The largest closure error that holds, as a fraction of the largest output: rounding of float32.
+CLOSES = 1e-4
 
 
 @dataclass(frozen=True)

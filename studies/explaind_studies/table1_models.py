@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from time import perf_counter
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 import explaind_core as explaind
 from explaind_core.errors import QuestionError
 from explaind_studies import demo
+from explaind_studies.cifar import cifar2
 from explaind_studies.digits import Images, Schedule, digits, train_cnn
 from explaind_studies.modular_addition import ModularTransformer, modular_addition
 from explaind_studies.resnet import ResNet9, generated_images
@@ -165,7 +165,7 @@ def _cnn(setting: Setting, progress: bool) -> Subject:
     def task() -> Images:
         if setting.data is None:
             return digits(setting.seed)
-        found = import_module("explaind_studies.cifar").cifar2(Path(setting.data))
+        found = cifar2(Path(setting.data))
         return Images(found.train_images, found.train_targets, found.test_images, found.test_targets)
 
     def make() -> ResNet9:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from explaind_core import plots
-from explaind_studies.findings import Claim, Picture, Table, rounded
+from explaind_studies.findings import CLOSES, Claim, Picture, Table, rounded
 from explaind_studies.table1_models import Setting, Subject
 
 __all__ = ["PUBLISHED", "Found", "checks", "claims", "figure", "models_table", "summary", "table"]
@@ -28,8 +28,6 @@ PUBLISHED: Mapping[tuple[str, str], tuple[float, float]] = {
 _NO_KL = 5e-4
 #: How far an accuracy may be from the published one to be the same: 100 samples tell 0.01 apart, and seeds differ.
 _CLOSE = 0.05
-#: Of the largest output.
-_CLOSED = 1e-4
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
@@ -231,7 +229,7 @@ def checks(found: Sequence[Found]) -> dict[str, tuple[bool, str]]:
                 made[f"{one.subject.name}, {words(nodes)}: every decision"] = value == 1.0, f"agreement {value:.4f}"
         worst = max(float(check.closure) for check in one.rules.values())
         made[f"{one.subject.name}: every result closes"] = (
-            worst <= _CLOSED, f"closure error at most {worst:.1e} of the largest output (bound {_CLOSED:g})",
+            worst <= CLOSES, f"closure error at most {worst:.1e} of the largest output (bound {CLOSES:g})",
         )  # fmt: skip
     return made
 

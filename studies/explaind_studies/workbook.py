@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ import xarray as xr
 from rich.console import Console
 
 from explaind_core.errors import StoreError
+from explaind_core.plan import peak_memory
 
 __all__ = ["Workbook"]
 
@@ -137,17 +136,11 @@ class Workbook:
             (self.folder / "parts").mkdir(exist_ok=True)
             effort = {
                 "seconds": before["seconds"] + time.perf_counter() - start,
-                "peak_bytes": max(before["peak_bytes"], _peak()),
+                "peak_bytes": max(before["peak_bytes"], peak_memory()),
                 "attempts": before["attempts"] + 1,
                 "threads": torch.get_num_threads(),
             }
             (self.folder / "parts" / f"{name}.json").write_text(json.dumps(effort) + "\n")
-
-
-def _peak() -> int:
-    """The most memory that this process ever held, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from explaind_core.errors import QuestionError
-from explaind_studies.findings import Claim, Picture, Table
+from explaind_studies.findings import CLOSES, Claim, Picture, Table
 from explaind_studies.grokking import figures, influences, interactive, kernels, lasso, pipelines, swapping
 from explaind_studies.grokking.setting import EXPERIMENTS, PAPER, QUICK, GrokkingSetting
 from explaind_studies.grokking.stages import CHECKPOINTS, PAPER_STAGES
@@ -34,7 +34,7 @@ def study(book: Workbook, setting: GrokkingSetting) -> Report:
         interactive.write_curves(book.figures / "figure_3a.html", scores, subject.metrics)
         closure, residual = float(scores.attrs["closure"]), float(scores.largest_residual.max())
         checks["Figure 3a closes"] = (
-            closure <= 1e-4,
+            closure <= CLOSES,
             f"closure error {closure:.1e} of the largest output; {scores.attrs['nodes_per_step']:.2f} nodes a step "
             f"({scores.attrs['evaluated_per_step']:.2f} evaluated); largest residual of a step {residual:.1e} of the "
             f"largest change; {scores.attrs['steps_not_converged']} steps missed the tolerance",
@@ -49,13 +49,14 @@ def study(book: Workbook, setting: GrokkingSetting) -> Report:
         worst = max(float(part.attrs["closure"]) for part in slices.stages.values())
         residuals = ", ".join(f"{stage}: {part.attrs['residual']:.1e}" for stage, part in slices.stages.items())
         checks["Kernel slices close"] = (
-            worst <= 1e-4,
+            worst <= CLOSES,
             f"closure error {worst:.1e} of the largest output; residual of a window, of its change: {residuals} "
             f"({setting.kernel_nodes} nodes a step)",
         )
         if "kernels" in wanted:
-            claims += kernels.kernel_claims(slices, subject)
-            tables.append(kernels.kernel_table(slices, subject))
+            cyclic = kernels.measured(slices, subject)
+            claims += kernels.kernel_claims(cyclic)
+            tables.append(kernels.kernel_table(slices, cyclic))
             pictures += figures.draw_kernels(book.figures, slices, subject)
             interactive.write_matrices(book.figures / "kernels.html", slices, subject)
         if "lasso" in wanted:
@@ -104,10 +105,21 @@ def _summary(subject: Subject) -> list[str]:
     return [
         f"The paper's one-layer Transformer ({size:,} parameters) on {setting.train:,} training samples, full batch, "
         f"AdamW with betas {setting.betas}, {stages.last:,} steps. {grokked}",
-        f"Every step of the run is explained, on {setting.explained} test samples (Figure 3a), and on "
-        f"{setting.explained} test and {setting.train_explained} training samples (Figures 4 to 6, against all "
-        f"{setting.train:,} training samples).",
-        "Contributions are what is added to the log-probabilities (the paper's psi is the negative). In Figures 4 to 6 "
-        "and 9 they are summed over outputs first, as in the paper's Figure 4, and similarities are those of "
-        "Definition 4.4 of what is left, over steps of the window, parameters of the layer and training samples.",
+        "Contributions are what is added to the log-probabilities (the paper's psi is the negative).",
+        *_explained(setting),
     ]
+
+
+def _explained(setting: GrokkingSetting) -> list[str]:
+    """What is explained, and on how many samples."""
+    lines = []
+    if "influences" in setting.experiments:
+        lines.append(f"Figure 3a explains every step of the run, on {setting.explained} test samples.")
+    if {"kernels", "lasso"} & {*setting.experiments}:
+        lines.append(
+            f"Figures 4 to 6 and 9 explain {setting.explained} test and {setting.train_explained} training "
+            f"predictions, against all {setting.train:,} training samples. Contributions are summed over outputs first there, as in "
+            "the paper's Figure 4, and similarities are those of Definition 4.4 of what is left, over steps of the "
+            "window, parameters of the layer and training samples."
+        )
+    return lines

@@ -13,7 +13,7 @@ from torch import Tensor
 from explaind_core.plots import figure_3a, save
 from explaind_studies.findings import Picture
 from explaind_studies.grokking.kernels import Slices, sums, test_similarity
-from explaind_studies.grokking.pipelines import PARTS
+from explaind_studies.grokking.pipelines import PARTS, RANDOM
 from explaind_studies.grokking.stages import CHECKPOINTS, PAPER_STAGES
 from explaind_studies.grokking.subject import Subject
 from explaind_studies.grokking.swapping import SHOWN, SWAPS
@@ -24,16 +24,13 @@ __all__ = ["draw_influences", "draw_kernels", "draw_lasso", "draw_pipelines", "d
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")
 
 
-def _matrix(axes: Axes, values: np.ndarray, *, symmetric: bool = True, low: float | None = None) -> object:
+def _matrix(axes: Axes, values: np.ndarray, *, symmetric: bool) -> object:
     """A matrix, most of whose values fill the range of colours: the outermost half per cent saturate."""
     if symmetric:
         edge = float(np.quantile(abs(values), 0.99)) or 1.0
         return axes.imshow(values, cmap="RdBu_r", vmin=-edge, vmax=edge, aspect="auto", interpolation="antialiased")
-    floor = float(np.quantile(values, 0.005)) if low is None else low
-    return axes.imshow(
-        values, cmap="viridis", vmin=floor, vmax=float(np.quantile(values, 0.995)), aspect="auto",
-        interpolation="antialiased",
-    )  # fmt: skip
+    low, high = np.quantile(values, (0.005, 0.995))
+    return axes.imshow(values, cmap="viridis", vmin=low, vmax=high, aspect="auto", interpolation="antialiased")
 
 
 def draw_influences(folder: Path, scores: xr.Dataset, subject: Subject) -> list[Picture]:
@@ -46,23 +43,28 @@ def draw_influences(folder: Path, scores: xr.Dataset, subject: Subject) -> list[
     ]
 
 
-def _curves(axes: Axes, found: xr.Dataset, start: str, colour: str, label: str) -> None:
+def _curves(axes: Axes, found: xr.Dataset, start: str, label: str, colour: str) -> None:
     curves = 100 * found.test_accuracy.sel(start=start)
     mean, spread = curves.mean("seed"), curves.std("seed")
-    axes.plot(found.tested, mean, color=colour, label=f"{label}, test")
+    axes.plot(found.tested, mean, color=colour, label=label)
     axes.fill_between(found.tested, mean - spread, mean + spread, color=colour, alpha=0.25, linewidth=0)
+
+
+def _against_random(axes: Axes, found: xr.Dataset, start: str, labels: tuple[str, str, str]) -> int:
+    """Test and training accuracy from a start, and test accuracy from nothing; the step that was taken from."""
+    _curves(axes, found, start, labels[0], _COLOURS[1])
+    train = 100 * found.train_accuracy.sel(start=start).mean("seed")
+    axes.plot(found.step, train, color=_COLOURS[0], label=labels[1])
+    _curves(axes, found, RANDOM, labels[2], "#888888")
+    return int(found.taken_at.sel(start=start))
 
 
 def draw_pipelines(folder: Path, found: xr.Dataset) -> list[Picture]:
     """Figures 3b and 8: mean and deviation over seeds."""
     small = Figure(figsize=(6, 6), layout="constrained")
+    labels = ("with the pipeline, test", "with the pipeline, training", "all at random, test")
     for axes, at in zip(small.subplots(2, 1, sharex=True), (1939, 1539), strict=True):
-        start = f"Att.+Lin1 {at}"
-        _curves(axes, found, start, _COLOURS[1], "with the pipeline")
-        train = 100 * found.train_accuracy.sel(start=start).mean("seed")
-        axes.plot(found.step, train, color=_COLOURS[0], label="with the pipeline, training")
-        _curves(axes, found, "random", "#888888", "all at random")
-        step = int(found.taken_at.sel(start=start))
+        step = _against_random(axes, found, f"Att.+Lin1 {at}", labels)
         axes.set_title(f"attention and linear 1 of step {step} (the paper's {at})", fontsize=10)
         axes.set_ylabel("accuracy, %")
         axes.legend(fontsize=8)
@@ -71,13 +73,9 @@ def draw_pipelines(folder: Path, found: xr.Dataset) -> list[Picture]:
     large = Figure(figsize=(2.4 * len(CHECKPOINTS), 2.6 * len(PARTS)), layout="constrained")
     grid = large.subplots(len(PARTS), len(CHECKPOINTS), sharex=True, sharey=True, squeeze=False)
     for row, name in enumerate(PARTS):
-        for column, at in enumerate(CHECKPOINTS):
-            axes, start = grid[row][column], f"{name} {at}"
-            _curves(axes, found, start, _COLOURS[1], "mean")
-            train = 100 * found.train_accuracy.sel(start=start).mean("seed")
-            axes.plot(found.step, train, color=_COLOURS[0], label="training")
-            _curves(axes, found, "random", "#888888", "random")
-            axes.set_title(f"step {int(found.taken_at.sel(start=start))} (the paper's {at})", fontsize=9)
+        for axes, at in zip(grid[row], CHECKPOINTS, strict=True):
+            step = _against_random(axes, found, f"{name} {at}", ("mean, test", "training", "random, test"))
+            axes.set_title(f"step {step} (the paper's {at})", fontsize=9)
             axes.set_ylim(-2, 102)
         grid[row][0].set_ylabel(f"{name}\naccuracy, %")
     grid[0][0].legend(fontsize=7)

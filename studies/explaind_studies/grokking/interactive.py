@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
+from explaind_core.plots import COLOURS
 from explaind_studies.grokking.figures import layer_matrices
 from explaind_studies.grokking.kernels import Slices
 from explaind_studies.grokking.stages import PAPER_STAGES
@@ -15,8 +16,6 @@ from explaind_studies.modular_addition import LAYERS
 
 __all__ = ["binned", "write_curves", "write_matrices"]
 
-#: Told apart by the colour-blind, too (Okabe and Ito).
-LAYER_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#E69F00", "#D55E00")
 #: Cells a side: more would make pages of tens of megabytes.
 CELLS = 125
 
@@ -37,7 +36,7 @@ def write_curves(path: Path, scores: xr.Dataset, metrics: xr.Dataset) -> Path:
     for name in ("kernel", "regularization"):
         figure.add_trace(Scatter(x=scores.step.values, y=scores[name].values, name=name), 2, 1)
     for number, layer in enumerate(map(str, scores.layer.values)):
-        one, line = scores.sel(layer=layer), {"color": LAYER_COLOURS[number % len(LAYER_COLOURS)]}
+        one, line = scores.sel(layer=layer), {"color": COLOURS[number % len(COLOURS)]}
         for row, curve in ((3, one.layer_kernel), (4, one.relative_regularization)):
             trace = Scatter(
                 x=scores.step.values, y=curve.values, name=layer, legendgroup=layer, showlegend=row == 3, line=line

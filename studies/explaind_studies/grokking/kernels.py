@@ -16,7 +16,11 @@ from explaind_studies.grokking.subject import Subject
 from explaind_studies.modular_addition import LAYERS
 from explaind_studies.workbook import Workbook
 
-__all__ = ["Slices", "cyclic", "kernel_claims", "kernel_slices", "kernel_table", "test_similarity"]
+__all__ = ["Slices", "cyclic", "kernel_claims", "kernel_slices", "kernel_table", "measured", "test_similarity"]
+
+
+#: (stage, layer, matrix) -> what :func:`cyclic` tells of it.
+Measured = dict[tuple[int, str, str], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -116,11 +120,11 @@ def cyclic(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray, p: int) ->
     }  # fmt: skip
 
 
-def _of(slices: Slices, subject: Subject) -> dict[tuple[int, str, str], dict[str, float]]:
-    """(stage, layer, matrix) -> how cyclic it is."""
+def measured(slices: Slices, subject: Subject) -> Measured:
+    """How cyclic every matrix is."""
     p, n = subject.setting.p, len(subject.explained)
     train, test = sums(subject.task.train_inputs) % p, sums(subject.explained) % p
-    found = {}
+    found: Measured = {}
     for stage, part in slices.stages.items():
         for layer in LAYERS:
             kernel = part.kernel.sel(layer=layer).transpose("train", "test").values.astype(np.float64)
@@ -133,12 +137,12 @@ def _of(slices: Slices, subject: Subject) -> dict[tuple[int, str, str], dict[str
     return found
 
 
-def kernel_table(slices: Slices, subject: Subject) -> Table:
-    """How cyclic every matrix is."""
+def kernel_table(slices: Slices, found: Measured) -> Table:
+    """How cyclic every matrix is (see :func:`measured`)."""
     rows = [
         [stage, f"{slices.steps[stage].start}-{slices.steps[stage].stop - 1}", layer, matrix, m["rows"], m["columns"],
          m["cyclic"], m["chance"], m["frequency"], m["period"], m["concentration"]]
-        for (stage, layer, matrix), m in _of(slices, subject).items()
+        for (stage, layer, matrix), m in found.items()
     ]  # fmt: skip
     return Table(
         "cyclic", "Figures 4 to 6 in numbers: how cyclic kernels and similarities are",
@@ -150,9 +154,8 @@ def kernel_table(slices: Slices, subject: Subject) -> Table:
     )  # fmt: skip
 
 
-def kernel_claims(slices: Slices, subject: Subject) -> list[Claim]:
-    """Section 5.2's claims about kernels and similarities."""
-    found = _of(slices, subject)
+def kernel_claims(found: Measured) -> list[Claim]:
+    """Section 5.2's claims about kernels and similarities (see :func:`measured`)."""
     decoder = {stage: found[stage, "decoder", "kernel, test set"] for stage in PAPER_STAGES}
     bands = {stage: m["rows"] for stage, m in decoder.items()}
     part = {stage: m["cyclic"] / max(m["chance"], 1e-300) for stage, m in decoder.items()}

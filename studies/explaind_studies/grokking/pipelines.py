@@ -17,7 +17,7 @@ from explaind_studies.grokking.stages import CHECKPOINTS
 from explaind_studies.grokking.subject import OUTER, Subject, names_of
 from explaind_studies.workbook import Workbook
 
-__all__ = ["PARTS", "pipeline_claims", "pipeline_table", "pipelines", "train_from_parts"]
+__all__ = ["PARTS", "RANDOM", "pipeline_claims", "pipeline_table", "pipelines", "train_from_parts"]
 
 #: What is taken from checkpoints, by the paper's abbreviations.
 PARTS = ("Att.", "Att.+Lin1")

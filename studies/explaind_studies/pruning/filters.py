@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from explaind_studies.digits import batches
 from explaind_studies.pruning.setting import Setting, Task
-from explaind_studies.pruning.training import batches, sgd
+from explaind_studies.pruning.training import sgd
 from explaind_studies.resnet import ResNet9
 
 __all__ = [

@@ -43,7 +43,7 @@ def parameter_importance(
         result = explaind.attribute(
             run, piece, keep=("parameter", "test", "output"), nodes=nodes, memory=memory, progress=progress
         )
-        part = np.abs(result.kernel.astype(np.float64)).sum(("test", "output"))
+        part = explaind.importance(result[["kernel"]]).kernel
         total = part if total is None else total + part
         closure = max(closure, explaind.closure_error(result))
         edges.append(result[["initial", "final", "residual"]].drop_vars("test"))

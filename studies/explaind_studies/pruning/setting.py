@@ -9,6 +9,7 @@ from torch import Tensor
 
 from explaind_core.errors import QuestionError
 from explaind_studies.cifar import cifar2
+from explaind_studies.digits import enlarged_digits
 
 __all__ = ["LEVELS", "PAPER", "QUICK", "Setting", "Task", "images"]
 
@@ -132,12 +133,7 @@ def images(setting: Setting, seed: int) -> Task:
 
 
 def _digits(seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    pixels = torch.from_numpy(found.images).float().unsqueeze(1)
-    pixels = pixels.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    targets = torch.from_numpy(found.target).long()
+    pixels, targets = enlarged_digits()
     first, second = _stratified(targets, _DIGITS_TRAINED, seed)
     normalised = (pixels - pixels[first].mean()) / pixels[first].std()
     return (normalised[first], targets[first]), (normalised[second], targets[second])

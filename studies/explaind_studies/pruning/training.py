@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import explaind_core as explaind
 from explaind_core.progress import track
+from explaind_studies.digits import batches
 from explaind_studies.pruning.setting import Setting, Task
 from explaind_studies.resnet import ResNet9
 
-__all__ = ["accuracy", "batches", "network", "outputs", "rate", "record", "sgd"]
+__all__ = ["accuracy", "network", "outputs", "rate", "record", "sgd"]
 
 
 def network(setting: Setting, task: Task, seed: int) -> ResNet9:
@@ -40,17 +41,6 @@ def rate(step: int, setting: Setting, per_epoch: int) -> float:
 def sgd(model: nn.Module, setting: Setting, rate: float) -> torch.optim.SGD:
     """The optimizer of training and of retraining."""
     return torch.optim.SGD(model.parameters(), lr=rate, momentum=setting.momentum, weight_decay=setting.weight_decay)
-
-
-def batches(size: int, batch: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Ids, every one once an epoch, in a new order each; the last batch of an epoch is what is left.
-
-    Example:
-        >>> [len(ids) for ids in batches(5, 2, 2, torch.Generator())]
-        [2, 2, 1, 2, 2, 1]
-    """
-    for _ in range(epochs):
-        yield from torch.split(torch.randperm(size, generator=generator), batch)
 
 
 def outputs(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
