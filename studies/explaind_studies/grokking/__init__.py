@@ -118,8 +118,8 @@ def _explained(setting: GrokkingSetting) -> list[str]:
     if {"kernels", "lasso"} & {*setting.experiments}:
         lines.append(
             f"Figures 4 to 6 and 9 explain {setting.explained} test and {setting.train_explained} training "
-            f"predictions, against all {setting.train:,} training samples. Contributions are summed over outputs first there, as in "
-            "the paper's Figure 4, and similarities are those of Definition 4.4 of what is left, over steps of the "
-            "window, parameters of the layer and training samples."
+            f"predictions, against all {setting.train:,} training samples. Contributions are summed over outputs "
+            "first there, as in the paper's Figure 4, and similarities are those of Definition 4.4 of what is left, "
+            "over steps of the window, parameters of the layer and training samples."
         )
     return lines
