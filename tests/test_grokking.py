@@ -50,11 +50,12 @@ def test_every_experiment_has_claims_tables_and_pictures(finished):
     folder, report, kept = finished
     assert report.holds
     assert {table.name for table in report.tables} >= {
-        "stages", "layers", "pipelines", "cyclic", "swapping", "lasso", "lasso_decoder", "lasso_layers",
+        "stages", "layers", "pipelines", "longer", "cyclic", "swapping", "lasso", "lasso_decoder", "lasso_layers",
     }  # fmt: skip
     figures = {picture.file for picture in report.pictures}
     assert figures >= {
-        f"figures/figure_{n}.png" for n in ("3a", "3b", "4", "4_mod", "5", "6_test", "6_train", "7", "8", "9")
+        f"figures/figure_{n}.png"
+        for n in ("3a", "3b", "3b_longer", "4", "4_mod", "5", "6_test", "6_train", "7", "8", "9")
     }
     for name in figures:
         assert (folder / name).read_bytes().startswith(b"\x89PNG"), name
@@ -190,6 +191,52 @@ def test_what_is_taken_over_is_the_checkpoints_and_the_rest_is_drawn_anew(finish
         assert torch.equal(one, theta[name]) == (name in taken), name
     assert found.test_accuracy.shape == (2, 3)
     assert found.tested.values.tolist() == [0, 3, 6]
+
+
+def test_a_longer_training_begins_as_the_short_one(finished, subject):
+    book = Workbook(finished[0], "grokking", TINY, console=Console(file=StringIO()), progress=False)
+    short, long = pipelines.pipelines(book, subject), pipelines.longer(book, subject)
+    assert long.start.values.tolist() == ["random", "Att. 1939", "Att.+Lin1 1539", "Att.+Lin1 1939"]
+    assert long.sizes["step"] == 5 * short.sizes["step"] == 30
+    for start in long.start.values:
+        one, other = short.sel(start=start), long.sel(start=start)
+        assert one.taken_at == other.taken_at
+        assert one.train_accuracy.equals(other.train_accuracy.sel(step=one.step))
+        assert one.test_accuracy.equals(other.test_accuracy.sel(tested=one.tested))
+
+
+def restarted(**curves):
+    """Trainings of 2 seeds over 4 steps, tested at each: (training, test) accuracies by start."""
+    train, test = (np.array([curves[start][i] for start in curves], dtype=float) for i in (0, 1))
+    return xr.Dataset(
+        {
+            "train_accuracy": (("start", "seed", "step"), np.stack([train, train], 1)),
+            "test_accuracy": (("start", "seed", "tested"), np.stack([test, test], 1)),
+        },
+        coords={
+            "start": ["random", "Att. 1939", "Att.+Lin1 1539", "Att.+Lin1 1939"], "step": range(4), "tested": range(5)
+        },
+    )  # fmt: skip
+
+
+def verdicts(**curves):
+    return [claim.supported for claim in pipelines.longer_claims(restarted(**curves))]
+
+
+MEMORISES = ([0, 0.5, 1, 1], [0, 0, 0, 0, 0.6])
+GENERALISES = ([0, 0.5, 1, 1], [0, 0.4, 0.9, 1, 1])
+
+
+def test_longer_trainings_are_judged_against_those_from_nothing():
+    slightly = ([0, 0.5, 1, 1], [0, 0.4, 0.9, 0.95, 0.95])
+    assert verdicts(a=MEMORISES, b=GENERALISES, c=slightly, d=GENERALISES) == [True, True, True, True]
+    assert verdicts(a=GENERALISES, b=MEMORISES, c=MEMORISES, d=MEMORISES) == [False, False, True, False]
+    nothing = ([0, 0, 0, 0.1], [0, 0, 0, 0, 0])
+    assert verdicts(a=nothing, b=nothing, c=nothing, d=nothing) == [False, None, False, False]
+    assert verdicts(a=nothing, b=nothing, c=GENERALISES, d=GENERALISES) == [True, False, False, False]
+    claims = pipelines.longer_claims(restarted(a=nothing, b=nothing, c=GENERALISES, d=MEMORISES))
+    assert claims[0].value == "step 4; from nothing not reached; test accuracy at the end 60.0% against 0.0%"
+    assert claims[1].value == "100.0 points against 10.0; training accuracy 100.0%"
 
 
 @pytest.mark.parametrize("layers", [(), ("decoder",), ("embedding", "linear 2", "decoder"), tuple(LAYERS)])

@@ -17,7 +17,7 @@ from explaind_core import plots
 from explaind_core.progress import bar
 from explaind_studies.modular_addition import LAYERS, ModularAddition, ModularTransformer, modular_addition
 
-__all__ = ["PAPER", "QUICK", "DemoResult", "Setting", "accuracy", "demo", "layer_scores", "train"]
+__all__ = ["PAPER", "QUICK", "DemoResult", "Setting", "accuracy", "adamw", "demo", "layer_scores", "train"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,11 @@ class DemoResult:
     holds: bool
 
 
+def adamw(model: nn.Module, setting: Setting) -> torch.optim.AdamW:
+    """The optimizer of the paper's Transformer (appendix C.2)."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=4.0, betas=setting.betas)
+
+
 def accuracy(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
     """Fraction of samples whose argmax is right."""
     with torch.no_grad():
@@ -86,7 +91,7 @@ def train(setting: Setting, path: Path, *, record: bool = True, progress: bool =
     torch.manual_seed(setting.seed)
     model = ModularTransformer(task.vocabulary)
     loss = nn.NLLLoss()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=4.0, betas=setting.betas)
+    optimizer = adamw(model, setting)
     if not record:
         for _ in _steps(setting, task, model, 0, progress=progress):
             optimizer.zero_grad()

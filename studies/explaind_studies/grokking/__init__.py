@@ -44,6 +44,11 @@ def study(book: Workbook, setting: GrokkingSetting) -> Report:
         claims += pipelines.pipeline_claims(restarted)
         tables.append(pipelines.pipeline_table(restarted))
         pictures += figures.draw_pipelines(book.figures, restarted)
+    if "longer" in wanted:
+        trained_on = pipelines.longer(book, subject)
+        claims += pipelines.longer_claims(trained_on)
+        tables.append(pipelines.pipeline_table(trained_on, "longer"))
+        pictures += figures.draw_longer(book.figures, trained_on)
     if "kernels" in wanted or "lasso" in wanted:
         slices = kernels.kernel_slices(book, subject)
         worst = max(float(part.attrs["closure"]) for part in slices.stages.values())

@@ -19,7 +19,15 @@ from explaind_studies.grokking.subject import Subject
 from explaind_studies.grokking.swapping import SHOWN, SWAPS
 from explaind_studies.modular_addition import LAYERS
 
-__all__ = ["draw_influences", "draw_kernels", "draw_lasso", "draw_pipelines", "draw_swapping", "layer_matrices"]
+__all__ = [
+    "draw_influences",
+    "draw_kernels",
+    "draw_lasso",
+    "draw_longer",
+    "draw_pipelines",
+    "draw_swapping",
+    "layer_matrices",
+]
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")
 
@@ -84,6 +92,31 @@ def draw_pipelines(folder: Path, found: xr.Dataset) -> list[Picture]:
     return [
         Picture("figures/figure_3b.png", f"Figure 3b: training with attention and linear 1 taken over; {seeds}."),
         Picture("figures/figure_8.png", f"Figure 8: training from parts of checkpoints; {seeds}."),
+    ]
+
+
+def draw_longer(folder: Path, found: xr.Dataset) -> list[Picture]:
+    """Figure 3b over more steps: training and test accuracy, mean and deviation over seeds."""
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    for axes, start in zip(figure.subplots(2, 2, sharex=True, sharey=True).flat, found.start.values, strict=True):
+        one = found.sel(start=start)
+        for curve, along, label, colour in (
+            (one.test_accuracy, one.tested, "test", _COLOURS[0]),
+            (one.train_accuracy, one.step, "training", _COLOURS[1]),
+        ):  # fmt: skip
+            mean, deviation = 100 * curve.mean("seed"), 100 * curve.std("seed")
+            axes.plot(along, mean, color=colour, label=label)
+            axes.fill_between(along, mean - deviation, mean + deviation, color=colour, alpha=0.2, linewidth=0)
+        name = "all at random" if start == RANDOM else f"{str(start).split(' ')[0]} of step {int(one.taken_at)}"
+        axes.set(title=name, ylim=(-2, 102), xlabel="training step", ylabel="accuracy, %")
+        axes.label_outer()
+    axes.legend(fontsize=8)
+    save(figure, folder / "figure_3b_longer.png")
+    return [
+        Picture(
+            "figures/figure_3b_longer.png",
+            f"Figure 3b, trained on; mean and deviation over {found.sizes['seed']} seeds.",
+        )
     ]
 
 

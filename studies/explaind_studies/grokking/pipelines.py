@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -11,18 +12,23 @@ import xarray as xr
 from torch import nn
 
 from explaind_core.progress import counted
-from explaind_studies.demo import accuracy
+from explaind_studies.demo import accuracy, adamw
 from explaind_studies.findings import Claim, Table
 from explaind_studies.grokking.stages import CHECKPOINTS
 from explaind_studies.grokking.subject import OUTER, Subject, names_of
 from explaind_studies.workbook import Workbook
 
-__all__ = ["PARTS", "RANDOM", "pipeline_claims", "pipeline_table", "pipelines", "train_from_parts"]
+__all__ = [
+    "LONGER", "PARTS", "RANDOM", "longer", "longer_claims", "pipeline_claims", "pipeline_table", "pipelines",
+    "train_from_parts",
+]  # fmt: skip
 
 #: What is taken from checkpoints, by the paper's abbreviations.
 PARTS = ("Att.", "Att.+Lin1")
 #: The paper's words for what starts from nothing.
 RANDOM = "random"
+#: What is trained longer than the paper did: its Figure 3b, and attention alone.
+LONGER = ((RANDOM, None), ("Att.", 1939), ("Att.+Lin1", 1539), ("Att.+Lin1", 1939))
 
 
 def pipelines(book: Workbook, subject: Subject) -> xr.Dataset:
@@ -30,32 +36,47 @@ def pipelines(book: Workbook, subject: Subject) -> xr.Dataset:
 
     ``start`` is ``"random"``, or what was taken from which of the paper's checkpoints: ``"Att. 1539"``.
     """
-    starts = [(RANDOM, (), None), *((f"{name} {at}", OUTER[name], at) for name in PARTS for at in CHECKPOINTS)]
+    starts = [(RANDOM, None), *((name, at) for name in PARTS for at in CHECKPOINTS)]
+    return _restarted(book, subject, "pipeline", starts, subject.setting.restart_steps)
+
+
+def longer(book: Workbook, subject: Subject) -> xr.Dataset:
+    """The same over (start, seed, step) for :data:`LONGER` alone, in trainings of ``longer_steps``."""
+    return _restarted(book, subject, "longer", LONGER, subject.setting.longer_steps)
+
+
+def _restarted(
+    book: Workbook, subject: Subject, prefix: str, starts: Sequence[tuple[str, int | None]], steps: int
+) -> xr.Dataset:
     found, taken = [], []
-    for label, layers, at in starts:
+    for name, at in starts:
         step = None if at is None else subject.stages.at(at)
-        name = "pipeline_" + label.lower().replace(". ", "_").replace(".+", "_").replace(" ", "_").rstrip(".")
-        part = book.part(
-            name,
-            partial(train_from_parts, book, subject, layers, step),
-            f"({label}: step {step})",
-        )
+        label = name if at is None else f"{name} {at}"
+        file = f"{prefix}_" + label.lower().replace(". ", "_").replace(".+", "_").replace(" ", "_").rstrip(".")
+        layers = () if at is None else OUTER[name]
+        part = book.part(file, partial(train_from_parts, book, subject, layers, step, steps), f"({label}: step {step})")
         found.append(part.assign_coords(start=label))
         taken.append(-1 if step is None else step)
     joined = xr.concat(found, "start", coords="minimal", compat="override", join="exact")
     return joined.assign(taken_at=("start", taken))
 
 
-def train_from_parts(book: Workbook, subject: Subject, layers: Sequence[str], step: int | None) -> xr.Dataset:
+def train_from_parts(
+    book: Workbook, subject: Subject, layers: Sequence[str], step: int | None, steps: int | None = None
+) -> xr.Dataset:
     """Train ``restarts`` models whose ``layers`` are those of the run after ``step``, the rest being drawn anew.
 
     The training is the run's own: full batch, AdamW, the same data; everything is trained, what was taken over, too.
+
+    Args:
+        book, subject: the study and its run. layers, step: what is taken over; ``()`` and None for nothing.
+        steps: the trainings' length, by default the setting's.
 
     Returns:
         ``train_accuracy`` over (seed, step) before every step, ``test_accuracy`` over (seed, tested).
     """
     setting, task = subject.setting, subject.task
-    steps, every = setting.restart_steps, setting.test_every
+    steps, every = steps or setting.restart_steps, setting.test_every
     train = np.zeros((setting.restarts, steps))
     test = np.zeros((setting.restarts, steps // every + 1))
     taken = {} if step is None else subject.run.theta(step)
@@ -69,7 +90,7 @@ def train_from_parts(book: Workbook, subject: Subject, layers: Sequence[str], st
                 for name, parameter in model.named_parameters():
                     if name in wanted:
                         parameter.copy_(taken[name])
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=4.0, betas=setting.betas)
+            optimizer = adamw(model, setting)
             for s in range(steps):
                 if s % every == 0:
                     test[seed, s // every] = accuracy(model, task.test_inputs, task.test_targets)
@@ -96,7 +117,13 @@ def _reached(curves: xr.DataArray, level: float) -> float:
     return float(mean.tested.values[int(over.argmax())]) if over.any() else float("nan")
 
 
-def pipeline_table(found: xr.Dataset) -> Table:
+def _gap(one: xr.Dataset) -> float:
+    """By how much mean training accuracy exceeds mean test accuracy at most, where both were measured."""
+    train = one.train_accuracy.mean("seed").sel(step=one.tested.values[:-1]).values
+    return float((train - one.test_accuracy.mean("seed").values[:-1]).max())
+
+
+def pipeline_table(found: xr.Dataset, name: str = "pipelines") -> Table:
     """What every start reaches."""
     rows = []
     for start in found.start.values:
@@ -105,13 +132,15 @@ def pipeline_table(found: xr.Dataset) -> Table:
         rows.append([
             str(start).split(" ")[0], int(str(start).split(" ")[1]) if " " in str(start) else None,
             int(one.taken_at) if int(one.taken_at) >= 0 else None, float(test.mean()), float(test.std()),
-            float(train.mean()), float(train.std()), _reached(one.test_accuracy, 0.5),
-            _reached(one.test_accuracy, 0.95),
+            float(train.mean()), float(train.std()), *(_reached(one.test_accuracy, level) for level in (0.5, 0.95)),
+            100 * _gap(one),
         ])  # fmt: skip
+    figures = "Figures 3b and 8" if name == "pipelines" else "Figure 3b, trained on,"
     return Table(
-        "pipelines", "Figures 3b and 8 in numbers: training from parts of checkpoints",
+        name, f"{figures} in numbers: training from parts of checkpoints",
         ("taken over", "paper's checkpoint", "this run's step", "test accuracy at the end", "deviation",
-         "training accuracy at the end", "deviation ", "mean test accuracy of 50 % at step", "of 95 % at step"),
+         "training accuracy at the end", "deviation ", "mean test accuracy of 50 % at step", "of 95 % at step",
+         "largest gap of mean training and test accuracy, points"),
         rows, f"Mean and deviation over {found.sizes['seed']} seeds, after {int(found.tested[-1])} steps.",
     )  # fmt: skip
 
@@ -125,10 +154,7 @@ def pipeline_claims(found: xr.Dataset) -> list[Claim]:
     )
     random = float(last.sel(start=RANDOM))
     both = found.sel(start="Att.+Lin1 1939")
-    gap = (
-        both.train_accuracy.mean("seed").interp(step=both.tested.values[:-1]).values
-        - both.test_accuracy.mean("seed").values[:-1]
-    )
+    gap = _gap(both)
     learned = both.train_accuracy.isel(step=-1).mean("seed")
     early = {at: float(last.sel(start=f"Att. {at}")) for at in CHECKPOINTS}
     return [
@@ -140,8 +166,8 @@ def pipeline_claims(found: xr.Dataset) -> list[Claim]:
         Claim(
             "5.1", "they bypass memorisation",
             "largest gap of mean training and test accuracy: below 25 points, where training accuracy reaches 50 %",
-            f"{100 * float(gap.max()):.1f} points, training accuracy {float(learned):.1%}",
-            float(gap.max()) < 0.25 if learned >= 0.5 else None,
+            f"{100 * gap:.1f} points, training accuracy {float(learned):.1%}",
+            gap < 0.25 if learned >= 0.5 else None,
             "" if learned >= 0.5 else f"nothing is learned within {steps} steps",
         ),
         Claim(
@@ -160,3 +186,47 @@ def pipeline_claims(found: xr.Dataset) -> list[Claim]:
             early[CHECKPOINTS[0]] < 0.5 and early[CHECKPOINTS[-1]] > 0.9,
         ),
     ]  # fmt: skip
+
+
+def longer_claims(found: xr.Dataset) -> list[Claim]:
+    """What section 5.1 claims of the first 200 steps, of longer trainings, against those from nothing."""
+    steps = int(found.tested[-1])
+    random, both, before, alone = (
+        found.sel(start=start) for start in (RANDOM, "Att.+Lin1 1939", "Att.+Lin1 1539", "Att. 1939")
+    )
+    final, alone_final, before_final, random_final = (
+        float(one.test_accuracy.isel(tested=-1).mean("seed")) for one in (both, alone, before, random)
+    )
+    half, random_half = (_reached(one.test_accuracy, 0.5) for one in (both, random))
+    sooner = half < random_half or (not math.isnan(half) and math.isnan(random_half))
+    learned = float(both.train_accuracy.isel(step=-1).mean("seed"))
+    return [
+        Claim(
+            "5.1, trained longer", "attention and linear 1 of the final model lead to generalisation",
+            f"first of {steps:,} steps with mean test accuracy of 50 %: reached, and from nothing not, or later",
+            f"{_at(half)}; from nothing {_at(random_half)}; test accuracy at the end {final:.1%} against "
+            f"{random_final:.1%}", sooner,
+        ),
+        Claim(
+            "5.1, trained longer", "they bypass memorisation",
+            "largest gap of mean training and test accuracy: below half of that from nothing, where training accuracy "
+            "reaches 50 %",
+            f"{100 * _gap(both):.1f} points against {100 * _gap(random):.1f}; training accuracy {learned:.1%}",
+            _gap(both) < 0.5 * _gap(random) if learned >= 0.5 else None,
+            "" if learned >= 0.5 else f"too little is learned within {steps:,} steps",
+        ),
+        Claim(
+            "5.1, trained longer", "attention alone does the same",
+            "mean test accuracy at the end: that from attention and linear 1, which is above 50 %, less 10 points or "
+            "better", f"{alone_final:.1%} against {final:.1%}", final > 0.5 and alone_final > final - 0.1,
+        ),
+        Claim(
+            "5.1, trained longer", "an earlier checkpoint (1,539) generalises to slightly lower accuracy",
+            "mean test accuracy at the end: within 10 points of the final model's, which is above 50 %, and below it",
+            f"{before_final:.1%} against {final:.1%}", final > 0.5 and 0 < final - before_final < 0.1,
+        ),
+    ]  # fmt: skip
+
+
+def _at(step: float) -> str:
+    return "not reached" if math.isnan(step) else f"step {step:,.0f}"

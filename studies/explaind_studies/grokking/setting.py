@@ -12,6 +12,7 @@ __all__ = ["EXPERIMENTS", "PAPER", "QUICK", "GrokkingSetting"]
 EXPERIMENTS = {
     "influences": "Figure 3a",
     "pipelines": "Figures 3b and 8",
+    "longer": "Figure 3b, trained five times as long",
     "kernels": "Figures 4, 5 and 6",
     "swapping": "Figure 7",
     "lasso": "Figure 9 and Table 2",
@@ -19,11 +20,10 @@ EXPERIMENTS = {
 
 
 @dataclass(frozen=True)
-class GrokkingSetting:
-    """The study of section 5.
+class GrokkingSetting(demo.Setting):
+    """The study of section 5: a modular-addition experiment, and what is asked of it.
 
     Attributes:
-        p, train, test, seed, betas, most_steps: of the training (see :class:`explaind_studies.demo.Setting`).
         explained: test samples whose predictions are explained. train_explained: training samples whose predictions
             are (Figure 4's lower row). samples_at_once: explained in one pass of Figure 3a. tolerance: of its nodes.
         window: steps before a stage. kernel_nodes: quadrature nodes of each step there.
@@ -33,16 +33,8 @@ class GrokkingSetting:
         experiments: which to run; the lasso needs the kernels.
     """
 
-    p: int = 113
-    train: int = 4000
-    test: int = 2000
-    seed: int = 10
-    betas: tuple[float, float] = (0.9, 0.98)
-    most_steps: int = 3000
     explained: int = 500
     train_explained: int = 250
-    samples_at_once: int = 100
-    tolerance: float = 2.5e-4
     window: int = 50
     kernel_nodes: int = 2
     restarts: int = 5
@@ -53,13 +45,9 @@ class GrokkingSetting:
     experiments: tuple[str, ...] = tuple(EXPERIMENTS)
 
     @property
-    def trained(self) -> demo.Setting:
-        """How the run is trained."""
-        return demo.Setting(
-            p=self.p, train=self.train, test=self.test, seed=self.seed, explained=self.explained,
-            most_steps=self.most_steps, tolerance=self.tolerance, samples_at_once=self.samples_at_once,
-            betas=self.betas,
-        )  # fmt: skip
+    def longer_steps(self) -> int:
+        """Length of the trainings that go on where those of Figure 3b end."""
+        return 5 * self.restart_steps
 
 
 PAPER = GrokkingSetting()

@@ -85,7 +85,7 @@ def trained(book: Workbook, setting: GrokkingSetting) -> Subject:
     path = book.folder / "run"
 
     def train() -> xr.Dataset:
-        demo.train(setting.trained, path, progress=book.progress)
+        demo.train(setting, path, progress=book.progress)
         return explaind.open_run(path).metrics[["train_accuracy", "test_accuracy"]]
 
     book.part("training", train, f"{setting.train} samples, betas {setting.betas}")
