@@ -233,6 +233,8 @@ def test_longer_trainings_are_judged_against_those_from_nothing():
     assert verdicts(a=GENERALISES, b=MEMORISES, c=MEMORISES, d=MEMORISES) == [False, False, True, False]
     nothing = ([0, 0, 0, 0.1], [0, 0, 0, 0, 0])
     assert verdicts(a=nothing, b=nothing, c=nothing, d=nothing) == [False, None, False, False]
+    little = ([0, 0, 0, 0.1], [0, 0, 0, 0, 0.05])
+    assert verdicts(a=nothing, b=little, c=nothing, d=little) == [False, None, False, False]
     assert verdicts(a=nothing, b=nothing, c=GENERALISES, d=GENERALISES) == [True, False, False, False]
     claims = pipelines.longer_claims(restarted(a=nothing, b=nothing, c=GENERALISES, d=MEMORISES))
     assert claims[0].value == "step 4; from nothing not reached; test accuracy at the end 60.0% against 0.0%"
