@@ -1,54 +1,37 @@
-"""Watches an optimizer step and writes what it saw."""
+"""Records a training loop: what the loop declares, and what its optimizers are seen to do, goes to a run store."""
 
 from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.utils.hooks import RemovableHandle
 
-from explaind_core.batches import BatchLog, copied
+from explaind_core.batches import BatchLog
 from explaind_core.coefficients import UpdateRule
 from explaind_core.data import IndexedDataset
-from explaind_core.early import EarlyCheck, check_mode, no_pass
+from explaind_core.declared import Declared
+from explaind_core.early import EarlyCheck, check_mode
 from explaind_core.errors import ExplaindError, NonFiniteError, RecordingError
-from explaind_core.fingerprints import fingerprint
-from explaind_core.finite import check_gradients
-from explaind_core.forwards import ForwardWatch
-from explaind_core.iterations import Evaluation, IterationSplitter
-from explaind_core.joint import OWNER, each_optimizer, each_rule
-from explaind_core.microbatches import MicroBatch
+from explaind_core.joint import each_optimizer, each_rule
 from explaind_core.plugins import RegisteredRule, Registry, default_registry
 from explaind_core.recipes import GradientFunction
-from explaind_core.rounds import Rounds
+from explaind_core.recomputation import Recomputation
 from explaind_core.run_rules import OptimizerFactory
-from explaind_core.scaling import ScalerWatch, check_scaler
+from explaind_core.scaling import check_scaler
 from explaind_core.sizes import check_space, store_size
+from explaind_core.step_watch import StepWatch
 from explaind_core.store import RunStore
 from explaind_core.subject import Subject
-from explaind_core.writer import RunWriter, SeenStep
+from explaind_core.writer import RunWriter
 
 __all__ = ["Recorder"]
-
-
-@dataclass
-class _Pending(SeenStep):
-    """What was seen before ``optimizer.step()``, until the step is over."""
-
-    member: int = 0  # which of several optimizers
-    seen: bool = False  # whether gradients were taken (with a closure this happens inside step())
-    skipped: bool = False  # a gradient scaler found an infinity: the optimizer will do nothing
-    iterations: int = 0  # that it had made before
-    nested: int = 0  # how many inner calls of step() are running
 
 
 class Recorder:
@@ -92,9 +75,6 @@ class Recorder:
         make_optimizer: as for :func:`explaind_core.open_run`, for those modes as well.
         penalty: ``penalty(parameters by name) -> 0-d``: what the loop adds to an optimizer step's loss that depends on
             the parameters alone. Its name is kept; ``open_run(..., penalty=)`` makes it a term of its own.
-
-    Attributes:
-        skipped: how many times a gradient scaler kept the optimizer (all of several) from stepping.
 
     Raises:
         RuleNotFoundError, AmbiguousRuleError: not exactly one rule speaks for ``optimizer``.
@@ -160,18 +140,8 @@ class Recorder:
             )
         self._store = RunStore(path, compress=compression is not None)
         self._writer = RunWriter(self._store, self._subject, snapshot_every, mode, write_behind)
-        self._early = None if mode == "steps" else EarlyCheck(self._subject, mode, loss, gradient, penalty)
-        self._modelled = gradient is None  # the model is called as it is, by the default recipe
-        self._reading: dict[str, Any] = {"rule": rule, "registry": registry, "make_optimizer": make_optimizer}
-        self._reading["dataset"] = inputs if isinstance(inputs, IndexedDataset) else None
-        # Where a step is computed again: the buffers before its pass, None before it was called.
-        self._buffers: dict[str, Tensor] | None = None
-        self._moved: dict[str, Tensor] = {}  # those of them that the last step left otherwise
-        self._batches = BatchLog(self._store, train_size, inputs)
-        self._factor = 1.0
-        self._clips: list[list[Any]] = []
-        self._pending: _Pending | None = None
-        self.skipped, self._stopped = 0, False
+        early = None if mode == "steps" else EarlyCheck(self._subject, mode, loss, gradient, penalty)
+        self._batches, self._declared, self._stopped = BatchLog(self._store, train_size, inputs), Declared(), False
         self._expected_size = store_size(
             model, optimizers, expected_steps or 0, mode=mode, snapshot_every=snapshot_every
         )
@@ -185,24 +155,26 @@ class Recorder:
         except BaseException:  # what refuses the run must not keep others from it
             self._store.unlock()
             raise
-        self._threads = self._writer.threads
-        iterates = self._subject.rule.iterations({}) is not None
-        parameters = self._subject.parameters
-        self._splitter = IterationSplitter(self._subject.rule, optimizers[0], parameters) if iterates else None
-        self._watch = ForwardWatch(model, self._before_pass)
-        self._rounds: Rounds | None = None
-        if self._subject.joint:
-            self._rounds = Rounds(self._subject, self._writer, self._batches, self._discarded)
-        self._handles: list[RemovableHandle] = []
-        for each in optimizers:
-            self._handles.append(each.register_step_pre_hook(self._before_step))
-            self._handles.append(each.register_step_post_hook(self._after_step))
-        self._scaler = None if scaler is None else ScalerWatch(scaler, optimizers, self._skipped)
+        self._again: Recomputation | None = None
+        if early is not None:
+            dataset = inputs if isinstance(inputs, IndexedDataset) else None
+            reading = {"rule": rule, "registry": registry, "make_optimizer": make_optimizer, "dataset": dataset}
+            self._again = Recomputation(
+                early, self._subject, self._writer, self._batches, modelled=gradient is None, reading=reading
+            )
+        self._watch = StepWatch(
+            self._store.path, model, self._subject, self._writer, self._batches, self._declared, self._again, scaler
+        )
 
     @property
     def steps(self) -> int:
         """How many steps are recorded; of several optimizers, how many rounds are over."""
         return self._writer.steps
+
+    @property
+    def skipped(self) -> int:
+        """How many times a gradient scaler kept the optimizer (all of several) from stepping."""
+        return self._watch.skipped
 
     @property
     def bytes_per_step(self) -> float:
@@ -234,11 +206,12 @@ class Recorder:
         Raises:
             RecordingError: ids are not one integer per sample, or out of range; inputs cannot be stored.
         """
-        if self._rounds is not None:
-            self._rounds.end()
+        if self._watch.rounds is not None:
+            self._watch.rounds.end()
         self._writer.queue.check()
-        self._batches.keeps = self._early is not None and self._early.due(self.steps + 1)
-        self._batches.declare(inputs, targets, ids, weight, self.steps + 1, self._watch.take(), scale, draws)
+        if self._again is not None:
+            self._again.expect()
+        self._batches.declare(inputs, targets, ids, weight, self.steps + 1, self._watch.forwards.take(), scale, draws)
 
     def discard_batch(self) -> None:
         """Forget the batches declared since the last step: their gradients will not be used.
@@ -246,11 +219,9 @@ class Recorder:
         Needed where a ``GradScaler`` skips ``optimizer.step()`` without calling it (no fused optimizer): the
         recorder cannot see that, unless it was given the scaler.
         """
-        if self._rounds is not None:
-            self._rounds.end()
-        self._batches.clear()
-        self._watch.take()
-        self._factor, self._clips, self._buffers = 1.0, [], None
+        if self._watch.rounds is not None:
+            self._watch.rounds.end()
+        self._watch.forget()
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clip the gradient of all trained parameters, in the model's order, by their norm, and keep that it was.
@@ -289,19 +260,7 @@ class Recorder:
         Raises:
             RecordingError: neither a norm nor a value is given.
         """
-        if norm is None and value is None:
-            raise RecordingError(
-                "clipping has a norm or a value",
-                where=f"step {self.steps + 1}",
-                remedy="recorder.clipped(norm=1.0), or recorder.clipped(value=1.0)",
-            )
-        if norm is not None:
-            self._clips.append(["norm", float(norm), float(norm_type)])
-            # A norm that is not finite leaves no finite gradient: the step is refused, or a gradient scaler skips it.
-            if found is not None and math.isfinite(found):
-                self._factor *= min(1.0, float(norm) / (float(found) + 1e-6))
-        if value is not None:
-            self._clips.append(["value", float(value)])
+        self._declared.clipped(self.steps + 1, norm=norm, norm_type=norm_type, value=value, found=found)
 
     def gradient_factor(self, factor: float) -> None:
         """Tell by what the coming step's gradient was multiplied after ``backward()``: a clip coefficient.
@@ -313,15 +272,13 @@ class Recorder:
             NonFiniteError: the factor is NaN or infinite.
             RecordingError: in a mode that computes gradients again: a factor does not tell how it was rounded.
         """
-        if self._early is not None and factor != 1.0:
+        if self._again is not None and factor != 1.0:
             raise RecordingError(
                 "a factor alone does not tell how the gradient was rounded",
                 where=f"mode={self._writer.mode!r}, step {self.steps + 1}",
                 remedy="use recorder.clip_grad_norm_, or declare clipping with recorder.clipped; or mode='steps'",
             )
-        if not math.isfinite(factor):
-            raise NonFiniteError("the gradient factor is not finite", where=f"step {self.steps + 1}", got=factor)
-        self._factor *= float(factor)
+        self._declared.multiplied(self.steps + 1, factor)
 
     def log(self, **metrics: float | Tensor) -> None:
         """Keep numbers (a loss, an accuracy) with the last finished step; ``run.metrics`` returns them.
@@ -345,15 +302,15 @@ class Recorder:
                     where=f"after step {self.steps}",
                     remedy=f"training has diverged; the {self.steps} steps recorded so far are intact",
                 )
-        pending = self._rounds is not None and self._rounds.pending
+        pending = self._watch.rounds is not None and self._watch.rounds.pending
         self._store.append_line("metrics.jsonl", {"step": self.steps + pending, **values})
 
     def close(self) -> None:
         """End the recording in order. Leaving the ``with`` block does this."""
         self._detach()
         try:
-            if self._rounds is not None:
-                self._rounds.end()
+            if self._watch.rounds is not None:
+                self._watch.rounds.end()
             self._writer.queue.close()
             self._store.close(self.steps)
         finally:
@@ -366,9 +323,9 @@ class Recorder:
         if self._stopped:
             return
         self._detach()
-        if self._rounds is not None:
+        if self._watch.rounds is not None:
             with suppress(ExplaindError):  # of two errors, the first one is to be seen
-                self._rounds.end()
+                self._watch.rounds.end()
         with suppress(ExplaindError):
             self._writer.queue.close()
         self._store.unlock()
@@ -394,226 +351,4 @@ class Recorder:
 
     def _detach(self) -> None:
         self._stopped = True
-        self._watch.close()
-        for handle in self._handles:
-            handle.remove()
-        if self._rounds is not None:
-            self._rounds.close()
-        if self._scaler is not None:
-            self._scaler.close()
-
-    # ------------------------------------------------------------------ what the optimizer calls
-    def _before_step(
-        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._pending is not None and _steps_running(optimizer) > 1:
-            self._pending.nested += 1  # a step() that calls super().step(): what counts is what the outer one was fed
-            return None
-        outer = None if self._pending is None else self._subject.optimizers[self._pending.member]
-        if outer is not None and outer is not optimizer and _steps_running(outer):
-            raise RecordingError(
-                "an optimizer stepped inside the step of another one",
-                where=f"step {self.steps + 1}: {type(optimizer).__name__}",
-                remedy="let closures only compute the loss and its gradient",
-            )
-        self._writer.check_alive()
-        pending = self._pending = _Pending(member=self._subject.optimizers.index(optimizer))
-        self._subject.check_parameters()  # groups may have been added
-        pending.groups = self._subject.groups()
-        if self._splitter is not None:
-            pending.iterations = self._splitter.count(optimizer)
-        self._check_untouched("outside optimizer.step()")
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            self._see_gradients(pending)
-            return None
-
-        def watched() -> Any:
-            # The gradient of this step exists only once the closure has run.
-            declared = len(self._batches.entries)
-            result = closure()
-            if pending.seen:
-                if self._splitter is None:
-                    raise RecordingError(
-                        f"{type(optimizer).__name__} called its closure more than once in a step",
-                        where=f"step {self.steps + 1}",
-                        expected="one gradient per step",
-                        remedy="use an optimizer, or options, that evaluate the closure once",
-                    )
-                self._batches.drop_repeats(declared, self.steps + 1)
-                self._see_again(pending, result)
-            else:
-                self._check_untouched("inside the closure")
-                self._see_gradients(pending, result)
-            return result
-
-        if len(args) > 1:
-            return (args[0], watched, *args[2:]), kwargs
-        return args, {**kwargs, "closure": watched}
-
-    def _before_pass(self) -> None:
-        """The model is about to be called: note buffers that something changed since the last step."""
-        if self._early is None or self._buffers is not None:
-            return
-        self._moved = self._writer.buffers_moved()
-        self._buffers = self._subject.buffers() if self._early.due(self.steps + 1) else {}
-
-    def _check_untouched(self, how: str, *, but: int | None = None) -> None:
-        """Every parameter must stand where the last step left it; those of optimizer ``but`` may have moved."""
-        if self._writer.marks is not None:
-            self._writer.marks.check(how, self.steps)
-            return
-        same = self._subject.untouched if self._early is None else torch.equal
-        left = self._writer.last if self._rounds is None else self._rounds.theta
-        for name, parameter in self._subject.parameters.items():
-            if but is not None and self._subject.owner(name) == but:
-                continue
-            if not same(left[name], parameter.detach().cpu()):
-                raise RecordingError(
-                    f"a parameter changed {how}",
-                    where=f"parameter {name!r}, between step {self.steps} and step {self.steps + 1}",
-                    expected="the value that the last step left",
-                    remedy="make the Recorder after the model is initialised, and change parameters in step() only",
-                )
-
-    def _see_gradients(self, pending: _Pending, loss: Any = None) -> None:
-        pending.seen = True
-        # A GradScaler with a fused optimizer hands over scaled gradients, and lets step() run on infinities.
-        optimizer = self._subject.optimizers[pending.member]
-        scale, found = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
-        pending.skipped = found is not None and float(found) > 0
-        if self._rounds is not None and not pending.skipped:
-            self._rounds.enter(pending.member, self._fed(pending), told=self._factor != 1 or bool(self._clips))
-        if not self._batches.entries:
-            raise RecordingError(
-                "no batch was declared before optimizer.step()",
-                where=f"step {self.steps + 1}",
-                remedy="call recorder.batch(inputs, targets, ids=ids) between backward() and step()",
-            )
-        if self._rounds is None or self._rounds.fresh:
-            self._batches.settle(self._watch.take(), None if scale is None else float(scale))
-        pending.clips = self._clips
-        if pending.skipped:
-            return
-        for name, gradient in self._fed(pending).items():
-            # Looked at only where they are not written: a copy would be for nothing.
-            given = gradient.detach().clone() if self._early is None else gradient.detach()
-            pending.gradients[name] = given if scale is None else given / scale.to(given.device)
-        if found is None:  # otherwise infinities are the gradient scaler's business
-            check_gradients(pending.gradients, self.steps + 1)
-        if self._early is not None:
-            self._prepare_again(self._early, pending)
-        if self._splitter is not None:
-            self._see_again(pending, loss)
-
-    def _prepare_again(self, early: EarlyCheck, pending: _Pending) -> None:
-        """Note what it takes to compute this step's gradient again, and try it where that is due."""
-        batches, step, mode = self._batches, self.steps + 1, self._writer.mode
-        if self._modelled and None in batches.forwards:
-            raise no_pass(mode, step)
-        if any(gradient.is_sparse for gradient in pending.gradients.values()):
-            raise RecordingError("a gradient is sparse", where=f"mode={mode!r}, step {step}", remedy="use mode='steps'")
-        if self._buffers is None:  # gradient= does without calling the model
-            self._before_pass()
-        pending.buffers_before = self._moved
-        if batches.keeps and batches.contents:
-            batch = [
-                MicroBatch(ids, content["inputs"], content["targets"], entry["weight"], forward)
-                for ids, content, entry, forward in zip(
-                    batches.ids, batches.contents, batches.entries, batches.forwards, strict=True
-                )
-            ]
-            early.check(batch, self._buffers or {}, pending.gradients, pending.clips, step)
-        pending.again = {"unfed": [n for g in pending.groups for n in g["params"] if n not in pending.gradients]}
-        if mode == "parameters":
-            pending.again["gradient_hash"] = fingerprint(pending.gradients)
-        if early.recipe.header():
-            pending.again["recipe"] = early.recipe.header()
-        if (threads := torch.get_num_threads()) != self._threads:
-            pending.again["threads"] = threads
-
-    def _fed(self, pending: _Pending) -> dict[str, Tensor]:
-        own = [group for group in pending.groups if group.get(OWNER) == pending.member or self._rounds is None]
-        gradients = {n: self._subject.parameters[n].grad for group in own for n in group["params"]}
-        return {name: gradient for name, gradient in gradients.items() if gradient is not None}
-
-    def _see_again(self, pending: _Pending, loss: Any) -> None:
-        """One evaluation of the closure among those of an optimizer that iterates inside."""
-        theta = self._subject.theta()
-        gradients = {n: copied(g.to_dense() if g.is_sparse else g) for n, g in self._fed(pending).items()}
-        value = loss.detach().item() if isinstance(loss, Tensor) else float(loss)
-        pending.evaluations.append(Evaluation(theta, value, gradients))
-
-    def _after_step(self, _optimizer: torch.optim.Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-        if self._pending is not None and self._pending.nested:
-            self._pending.nested -= 1
-            return
-        pending, self._pending = self._pending, None
-        if pending is None:  # the recorder was made inside this very step
-            return
-        if not pending.seen:
-            raise RecordingError(
-                "the optimizer never evaluated its closure", where=f"step {self.steps + 1}", remedy="pass no closure"
-            )
-        if pending.skipped:
-            self._skipped(pending.member)
-            return
-        if self._rounds is not None:
-            self._check_untouched("in the step of another optimizer", but=pending.member)
-            self._rounds.add(pending.member, pending, self._told())
-            return
-        if self._writer.marks is None:
-            theta = self._subject.theta()
-        else:  # only looked at
-            theta = {name: parameter.detach() for name, parameter in self._subject.parameters.items()}
-        if self._splitter is None:
-            self._writer.finish(pending, theta, self._batches, self._factor)
-            if self._early is not None and self._writer.marks is not None and self.steps == 1:
-                self._early.check_reading(self._store.path, **self._reading)
-        else:
-            self._finish_iterations(self._splitter, pending, theta)
-        self.discard_batch()
-
-    def _skipped(self, member: int) -> None:
-        """A gradient scaler kept an optimizer from stepping."""
-        if self._rounds is None:
-            self._discarded()
-            self.discard_batch()
-        else:
-            self._rounds.skip(member, self._told())
-
-    def _told(self) -> tuple[float, list[list[Any]]]:
-        """What was declared of the gradient since the last step: its factor, and how it was clipped."""
-        factor, clips = self._factor, self._clips
-        self._factor, self._clips = 1.0, []
-        return factor, clips
-
-    def _discarded(self) -> None:
-        self.skipped += 1
-
-    def _finish_iterations(self, splitter: IterationSplitter, pending: _Pending, theta: dict[str, Tensor]) -> None:
-        count = splitter.count(self._subject.optimizers[0]) - pending.iterations
-        found = splitter.split(pending.evaluations, pending.groups, count, self.steps + 1, self._writer.snapshot_every)
-        reached = found[-1].theta if found else self._writer.last
-        for name, value in theta.items():
-            if not torch.equal(reached[name], value):
-                raise RecordingError(
-                    "the parameters do not stand where the iterations inside the step lead",
-                    where=f"parameter {name!r}, step {self.steps + 1}",
-                    remedy="let the closure change no parameter",
-                )
-        for iteration in found:
-            gradients, evaluations = dict(iteration.evaluations[0].gradients), list(iteration.evaluations)
-            single = SeenStep(gradients, iteration.groups, evaluations, pending.clips)
-            self._writer.finish(single, iteration.theta, self._batches, self._factor, iteration.state)
-
-
-def _steps_running(optimizer: torch.optim.Optimizer) -> int:
-    """How many calls of ``optimizer.step`` are on the stack. Hooks run for each; an earlier one that raised is gone."""
-    frame: FrameType | None = sys._getframe()
-    count = 0
-    while frame is not None:
-        hooked = frame.f_code.co_name == "wrapper" and frame.f_globals.get("__name__") == "torch.optim.optimizer"
-        count += hooked and frame.f_locals.get("self") is optimizer
-        frame = frame.f_back
-    return count
+        self._watch.detach()
