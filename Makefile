@@ -45,10 +45,10 @@ faults: $(VENV)/installed
 	$(BIN)/python benchmarks/faults.py attribution
 	$(BIN)/python benchmarks/damage.py 1000 0
 
-# The paper's experiments at their full size; the pages under docs/studies are made so. Some two hours on two cores.
+# The paper's experiments at their full size; the pages under docs/studies are made so. Some four hours on two cores.
 studies: $(VENV)/installed
 	$(BIN)/explaind study table1 --keep docs/studies/table1
 	$(BIN)/explaind study pruning --keep docs/studies/pruning
 	$(BIN)/explaind study grokking --keep docs/studies/grokking
-	$(BIN)/explaind study grokking --betas 0.98,0.99 --steps 2000 --parts influences,swapping \
+	$(BIN)/explaind study grokking --betas 0.98,0.99 --steps 2000 \
 		--out runs/studies/grokking-0.98-0.99 --keep docs/studies/grokking-0.98-0.99

@@ -12,13 +12,15 @@ from explaind_core.attribute import answer
 from explaind_core.errors import QuestionError
 from explaind_core.progress import track
 from explaind_core.question import Question
-from explaind_core.results import TERMS, Frame
+from explaind_core.results import TERMS, Frame, closure_error
 from explaind_core.run import ParameterInfo, Run
 
 __all__ = ["by_parameter", "parameter_importance", "top_samples"]
 
 #: What is told of the nodes and steps of a block of test samples.
-_COUNTED = ("nodes_used", "nodes_evaluated", "steps_not_converged", "update_error", "correction")
+_COUNTED = ("nodes_used", "nodes_evaluated", "steps_not_converged", "update_error", "correction", "closure")
+#: What is told of the exactness of every prediction.
+_EDGES = ("initial", "final", "residual", "omitted", "statistics")
 _ORDERS: dict[str, Callable[[Any], Any]] = {"absolute": np.abs, "positive": np.asarray, "negative": np.negative}
 
 
@@ -69,7 +71,9 @@ def top_samples(result: xr.Dataset, k: int = 10, *, by: str = "absolute") -> xr.
     )
 
 
-def parameter_importance(run: Run, inputs: Any, *, progress: bool = True, **question: Any) -> xr.Dataset:
+def parameter_importance(
+    run: Run, inputs: Any, *, at_once: int | None = None, progress: bool = True, **question: Any
+) -> xr.Dataset:
     """How much every single parameter mattered: ``sum over x, j | sum over s of its influence on f(x)_j |``.
 
     Accumulated importance (paper, Definition 4.2) at the finest granularity: the score by which section 4.2 prunes.
@@ -79,38 +83,47 @@ def parameter_importance(run: Run, inputs: Any, *, progress: bool = True, **ques
     Args:
         run, inputs: as for :func:`explaind_core.attribute`, as are the arguments in ``question`` (output, steps, train,
             layers, test, nodes, tolerance, memory, ...).
+        at_once: test samples in a block at most; by default as many as the memory holds the influences of.
         progress: show a bar over the blocks.
 
     Returns:
-        ``kernel`` and ``regularization`` over ``parameter``, float64; see :func:`by_parameter`.
+        ``kernel`` and ``regularization`` over ``parameter``, float64; see :func:`by_parameter`. Beside them, over
+        (test, output), what tells how exact they are: ``initial``, ``final``, ``residual``, and ``omitted`` where
+        something was not asked for; ``attrs["closure"]`` is the largest closure error of a block.
 
     Raises:
-        QuestionError: as ``attribute``, or ``keep`` is given; a single test sample does not fit into ``memory``.
+        QuestionError: as ``attribute``, or ``keep`` is given; a single test sample does not fit into ``memory``;
+            ``at_once`` is no positive number.
 
     Example:
         >>> import torch
         >>> from explaind_core.testing import record_example
         >>> scores = parameter_importance(record_example(2), torch.ones(2, 4, dtype=torch.float64), progress=False)
-        >>> dict(scores.kernel.sizes), bool((scores.kernel >= 0).all())
-        ({'parameter': 43}, True)
+        >>> dict(scores.kernel.sizes), bool((scores.kernel >= 0).all()), dict(scores.residual.sizes)
+        ({'parameter': 43}, True, {'test': 2, 'output': 3})
     """
     if "keep" in question:
         raise QuestionError("the importance of parameters keeps the parameter axis", where="keep", got=question["keep"])
+    if at_once is not None and (not isinstance(at_once, int | np.integer) or at_once < 1):
+        raise QuestionError("no samples make no block", where="at_once", expected="1 or more, or None", got=at_once)
     keep = ("parameter", "test", "output")
     asked = Question.ask(run, inputs, keep=keep, **question)
     frame = Frame(asked)
     samples = asked.function.samples
     # A block's influences, and their absolute values.
     size = max(1, min(samples, asked.memory * samples // (4 * asked.result_bytes(frame.outputs))))
+    size = size if at_once is None else min(size, int(at_once))
     rows = asked.function.rows.tolist()
     blocks = [rows[a : a + size] for a in range(0, samples, size)]
     total: xr.Dataset | None = None
+    edges: list[xr.Dataset] = []
     parts: list[dict[str, Any]] = []
     for block in track(blocks, len(blocks), "importance of parameters", enabled=progress):
         result = answer(Question.ask(run, inputs, keep=keep, **question | {"test": block}), progress=False)
         scores = abs(result[[name for name in TERMS if name in result]]).sum(("test", "output"))
         total = scores if total is None else total + scores
-        parts.append(result.attrs)
+        edges.append(result[[name for name in _EDGES if name in result]])
+        parts.append(result.attrs | {"closure": closure_error(result)})
     assert total is not None
     # What is told of the whole question, and of the block that took most.
     attributes = parts[-1] | frame.attributes()
@@ -118,8 +131,10 @@ def parameter_importance(run: Run, inputs: Any, *, progress: bool = True, **ques
     attributes |= {"score": "accumulated importance (Definition 4.2) of single parameters"}
     attributes |= {"strategy": parts[-1]["strategy"], "blocks": len(blocks)}
     del attributes["closes"]
-    total.attrs = attributes
-    return total
+    joined = xr.concat(edges, "test", coords="minimal", compat="override", join="exact")
+    found: xr.Dataset = total.assign(joined.data_vars)
+    found.attrs = attributes
+    return found
 
 
 def by_parameter(values: xr.DataArray, parameters: Mapping[str, ParameterInfo]) -> dict[str, np.ndarray[Any, Any]]:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import xarray as xr
 from cifar_files import write_cifar
 from explaind_studies.catalogue import STUDIES
 from explaind_studies.pruning import PAPER, QUICK, Setting
 from explaind_studies.pruning import study as study_function
 from explaind_studies.pruning.curves import IMPORTANCE
-from explaind_studies.pruning.scores import parameter_importance
 from explaind_studies.pruning.setting import LEVELS, Task, images
 from explaind_studies.pruning.training import record
 from explaind_studies.resnet import ResNet9
@@ -82,23 +82,35 @@ def recorded(tmp_path_factory):
 def test_importance_equals_the_sum_over_steps_and_samples_one_by_one(recorded):
     run, task, setting, _ = recorded
     samples = task.score_images[:2]
-    found = parameter_importance(run, samples, nodes=2, at_once=2, progress=False)
+    found = explaind.parameter_importance(run, samples, nodes=2, progress=False)
     truth = dense_importance(run, run.model, samples, setting, nodes=2)
     assert truth.abs().max() > 1e-3
     # Sums of some hundred products in float64.
-    np.testing.assert_allclose(found.importance, truth, rtol=0, atol=1e-10 * float(truth.max()))
-    assert found.attrs["nodes_per_step"] == 2
+    np.testing.assert_allclose(found.kernel, truth, rtol=0, atol=1e-10 * float(truth.max()))
+    assert found.attrs["nodes_used"] == 2 * len(run.steps)
     assert found.attrs["closure"] < 1e-12
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 3])
-def test_importance_in_blocks_is_that_of_all_samples_at_once(recorded, at_once):
-    run, task, _, _ = recorded
-    whole = parameter_importance(run, task.score_images, nodes=1, at_once=5, progress=False)
-    blocks = parameter_importance(run, task.score_images, nodes=1, at_once=at_once, progress=False)
-    xr.testing.assert_allclose(whole, blocks, rtol=1e-12)
-    assert dict(blocks.residual.sizes) == {"test": 5, "output": 3}
-    assert blocks.attrs.keys() == whole.attrs.keys()
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+def test_what_the_study_keeps_of_the_scores(recorded, monkeypatch, at_once):
+    """Importance and final value of every entry, in the order of the network's parameters; how exact they are."""
+    run, task, setting, folder = recorded
+    module = importlib.import_module("explaind_studies.pruning.study")
+    monkeypatch.setattr(module, "record", lambda *_, **__: run)
+    workbook = SimpleNamespace(folder=folder.parent, progress=False)
+    kept = module._scores(workbook, replace(setting, nodes=2, samples_at_once=at_once), task, 7)
+    found = explaind.parameter_importance(run, task.score_images, nodes=2, progress=False)
+    np.testing.assert_allclose(kept.importance, found.kernel, rtol=1e-12)
+    last = run.theta(len(run.steps))
+    flat = torch.cat([last[name].reshape(-1) for name, _ in run.model.named_parameters()])
+    assert torch.equal(torch.from_numpy(kept.theta.values), flat)
+    assert dict(kept.residual.sizes) == {"test": 5, "output": 3}
+    for name in ("initial", "final", "residual"):
+        np.testing.assert_allclose(kept[name], found[name], rtol=0, atol=1e-12 * float(abs(found.final).max()))
+    assert kept.attrs == {
+        "steps": 9, "nodes_per_step": 2, "update_error": found.attrs["update_error"], "closure": kept.attrs["closure"]
+    }  # fmt: skip
+    assert kept.attrs["closure"] < 1e-12
 
 
 def test_training_is_the_papers(recorded):

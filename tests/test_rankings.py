@@ -120,8 +120,9 @@ def test_the_number_may_be_one_of_numpy():
     layers=st.sampled_from([None, ["2"], PARTS]),
     test=st.sampled_from([None, [2, 0]]),
     together=st.sampled_from([1, 2, 3]),
+    at_once=st.sampled_from([None, None, 1, 2, 7]),
 )
-def test_the_importance_of_parameters_is_the_oracles(case, steps, train, layers, test, together):
+def test_the_importance_of_parameters_is_the_oracles(case, steps, train, layers, test, together, at_once):
     """sum over test, output of |sum over steps and train|, whatever is restricted, in blocks of any size."""
     run, truth = example(*case), oracle(*case)
     question = {"steps": steps, "train": train, "test": test}
@@ -133,12 +134,18 @@ def test_the_importance_of_parameters_is_the_oracles(case, steps, train, layers,
     asked = Question.ask(run, INPUTS, keep=keep, layers=layers, **question)
     enough = 4 * asked.result_bytes(2) * together // asked.function.samples if train is None else "4GiB"
     found = explaind.parameter_importance(
-        run, INPUTS, layers=layers, nodes=1, memory=enough, progress=False, **question
+        run, INPUTS, layers=layers, nodes=1, memory=enough, at_once=at_once, progress=False, **question
     )
+    # How exact every prediction is does not depend on blocks.
+    edges = explaind.attribute(run, INPUTS, layers=layers, nodes=1, keep=("test", "output"), progress=False, **question)
+    edges = edges[[name for name in ("initial", "final", "residual", "omitted") if name in edges]]
+    xr.testing.assert_allclose(found[[*edges]], edges, rtol=0, atol=1e-11)
+    assert found.attrs["closure"] < 1e-11
     expected = truth.expected(keep, layers=masks, **question)
     assert found.parameter.values.tolist() == truth.labels(keep, layers=masks, **question)["parameter"]
-    assert {*found} == {"kernel", "regularization", "prehistory"} & {*expected}
-    for name in found:
+    terms = {"kernel", "regularization", "prehistory"} & {*expected}
+    assert {*found} == terms | {*edges}
+    for name in terms:
         assert found[name].dims == ("parameter",)
         np.testing.assert_allclose(found[name], abs(expected[name]).sum((1, 2)), rtol=0, atol=1e-11)
 
@@ -162,9 +169,17 @@ def test_test_samples_are_worked_off_in_blocks_within_the_memory(together):
     assert blocks == [5, *{1: [1] * 5, 2: [2, 2, 1], 3: [3, 2]}[together]]
     assert (found.attrs["blocks"], whole.attrs["blocks"]) == (len(blocks) - 1, 1)
     xr.testing.assert_allclose(found, whole, rtol=1e-13)
-    assert {k: v for k, v in found.attrs.items() if k != "blocks"} == {
-        k: v for k, v in whole.attrs.items() if k != "blocks"
+    each = {"blocks", "closure"}  # the second one is rounding
+    assert max(found.attrs["closure"], whole.attrs["closure"]) < 1e-12
+    assert {k: v for k, v in found.attrs.items() if k not in each} == {
+        k: v for k, v in whole.attrs.items() if k not in each
     }
+    with mock.patch.object(Question, "ask", classmethod(ask)):
+        blocks.clear()
+        xr.testing.assert_allclose(
+            explaind.parameter_importance(example("adamw"), inputs, at_once=together, **question), whole, rtol=1e-13
+        )
+    assert blocks == [5, *{1: [1] * 5, 2: [2, 2, 1], 3: [3, 2]}[together]]
 
 
 def test_what_is_told_of_the_importance_of_parameters():
@@ -193,6 +208,12 @@ def test_the_most_of_any_block_is_told():
         )
         assert found.attrs["blocks"] == 2
         assert found.attrs["nodes_used"] > 4
+
+
+@pytest.mark.parametrize("at_once", [0, -1, 1.5, "all"])
+def test_a_block_of_no_samples_is_refused(at_once):
+    with pytest.raises(QuestionError, match="no samples make no block"):
+        explaind.parameter_importance(example("adamw"), INPUTS, at_once=at_once, progress=False)
 
 
 def test_what_parameter_importance_refuses():

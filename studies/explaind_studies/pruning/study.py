@@ -10,11 +10,11 @@ from functools import partial
 import torch
 import xarray as xr
 
+import explaind_core as explaind
 from explaind_core import plots
 from explaind_studies.findings import Picture
 from explaind_studies.pruning.curves import curves, divergence, loaded
 from explaind_studies.pruning.findings import checks, claims, figure_2, tables
-from explaind_studies.pruning.scores import parameter_importance
 from explaind_studies.pruning.setting import Setting, Task, images
 from explaind_studies.pruning.training import accuracy, network, outputs, record
 from explaind_studies.report import Report
@@ -70,14 +70,22 @@ def _data(setting: Setting) -> str:
 
 def _scores(workbook: Workbook, setting: Setting, task: Task, seed: int) -> xr.Dataset:
     run = record(task, setting, workbook.folder / f"recording-{seed}", seed, progress=workbook.progress)
-    found = parameter_importance(
-        run, task.score_images, nodes=setting.nodes, at_once=setting.samples_at_once, progress=workbook.progress
-    )
+    found = explaind.parameter_importance(
+        run, task.score_images, nodes=setting.nodes, at_once=setting.samples_at_once, memory="4GiB",
+        progress=workbook.progress,
+    )  # fmt: skip
     last = run.theta(len(run.steps))
     names = [name for name, _ in network(setting, task, seed).named_parameters()]
     assert names == list(run.parameters)  # the scores stand in the order of the run's
     theta = torch.cat([last[name].reshape(-1) for name in names])
-    return found.assign(theta=("parameter", theta.numpy())).assign_attrs(steps=len(run.steps))
+    # One number for every entry of all tensors, one behind the other.
+    scores = xr.Dataset({"importance": ("parameter", found.kernel.values), "theta": ("parameter", theta.numpy())})
+    return scores.assign(found[["initial", "final", "residual"]].drop_vars(("test", "output"))).assign_attrs(
+        steps=len(run.steps),
+        nodes_per_step=found.attrs["nodes_used"] / len(run.steps),
+        update_error=found.attrs["update_error"],
+        closure=found.attrs["closure"],
+    )
 
 
 def _row(seed: int, scores: xr.Dataset, task: Task, model: torch.nn.Module) -> Mapping[str, float]:
