@@ -206,12 +206,13 @@ def test_a_longer_training_begins_as_the_short_one(finished, subject):
 
 
 def restarted(**curves):
-    """Trainings of 2 seeds over 4 steps, tested at each: (training, test) accuracies by start."""
+    """Trainings of 2 seeds over 4 steps, tested at each: (training, test) accuracies by start, a point apart."""
     train, test = (np.array([curves[start][i] for start in curves], dtype=float) for i in (0, 1))
+    spread = 0.01 * np.arange(len(curves))[:, None]  # by start, so that differences have a standard error
     return xr.Dataset(
         {
             "train_accuracy": (("start", "seed", "step"), np.stack([train, train], 1)),
-            "test_accuracy": (("start", "seed", "tested"), np.stack([test, test], 1)),
+            "test_accuracy": (("start", "seed", "tested"), np.stack([test - spread, test + spread], 1)),
         },
         coords={
             "start": ["random", "Att. 1939", "Att.+Lin1 1539", "Att.+Lin1 1939"], "step": range(4), "tested": range(5)
@@ -232,12 +233,19 @@ def test_longer_trainings_are_judged_against_those_from_nothing():
     assert verdicts(a=MEMORISES, b=GENERALISES, c=slightly, d=GENERALISES) == [True, True, True, True]
     assert verdicts(a=GENERALISES, b=MEMORISES, c=MEMORISES, d=MEMORISES) == [False, False, True, False]
     nothing = ([0, 0, 0, 0.1], [0, 0, 0, 0, 0])
-    assert verdicts(a=nothing, b=nothing, c=nothing, d=nothing) == [False, None, False, False]
+    assert verdicts(a=nothing, b=nothing, c=nothing, d=nothing) == [None, None, False, False]
     little = ([0, 0, 0, 0.1], [0, 0, 0, 0, 0.05])
-    assert verdicts(a=nothing, b=little, c=nothing, d=little) == [False, None, False, False]
+    assert verdicts(a=nothing, b=little, c=nothing, d=little) == [None, None, False, False]
     assert verdicts(a=nothing, b=nothing, c=GENERALISES, d=GENERALISES) == [True, False, False, False]
+    # Seed by seed 3 points apart, so that the standard error is 3 points.
+    above = ([0, 0.5, 1, 1], [0, 0.4, 0.9, 1, 0.67])
+    assert verdicts(a=MEMORISES, b=nothing, c=nothing, d=above)[0] is True
+    assert verdicts(a=above, b=nothing, c=nothing, d=MEMORISES)[0] is False
+    assert verdicts(a=MEMORISES, b=nothing, c=nothing, d=([0, 0.5, 1, 1], [0, 0.4, 0.9, 1, 0.65]))[0] is None
     claims = pipelines.longer_claims(restarted(a=nothing, b=nothing, c=GENERALISES, d=MEMORISES))
-    assert claims[0].value == "step 4; from nothing not reached; test accuracy at the end 60.0% against 0.0%"
+    assert claims[0].value == (
+        "60.0% - 0.0% = 60.0 points, standard error 3.0; 50 % first: step 4, from nothing not reached"
+    )
     assert claims[1].value == "100.0 points against 10.0; training accuracy 100.0%"
 
 
