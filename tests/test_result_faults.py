@@ -355,6 +355,7 @@ def test_a_result_may_lie_elsewhere():
 # ------------------------------------------------------------------ temporary files
 @pytest.fixture
 def temporary(tmp_path, monkeypatch):
+    run()  # its own folder is no file of a question
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
@@ -370,7 +371,6 @@ def test_a_full_disk_for_temporary_files_is_told(temporary, monkeypatch, kind):
     else:
         monkeypatch.setattr(os, "posix_fallocate", full)
         question = lambda: explaind.similarity(run(), INPUTS, nodes=1, progress=False)  # noqa: E731
-    run()
     with pytest.raises(StoreError, match=rf"disk is full[\s\S]*explaind-{kind}-[\s\S]*TMPDIR") as error:
         question()
     assert "open_run" not in str(error.value)
