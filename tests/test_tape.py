@@ -124,7 +124,8 @@ def test_no_more_steps_are_held_than_a_segment_has(segment, again, monkeypatch):
 
 @pytest.fixture
 def temporary(tmp_path, monkeypatch):
-    """Where temporary files go."""
+    """Where temporary files go, but for those of the recorded run."""
+    example("adamw", "missing")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
