@@ -50,5 +50,5 @@ studies: $(VENV)/installed
 	$(BIN)/explaind study table1 --keep docs/studies/table1
 	$(BIN)/explaind study pruning --keep docs/studies/pruning
 	$(BIN)/explaind study grokking --keep docs/studies/grokking
-	$(BIN)/explaind study grokking --betas 0.98,0.99 --steps 2000 \
+	$(BIN)/explaind study grokking --betas 0.98,0.99 --steps 2000 --parts influences,pipelines,swapping \
 		--out runs/studies/grokking-0.98-0.99 --keep docs/studies/grokking-0.98-0.99
