@@ -19,8 +19,6 @@ __all__ = ["by_parameter", "parameter_importance", "top_samples"]
 
 #: What is told of the nodes and steps of a block of test samples.
 _COUNTED = ("nodes_used", "nodes_evaluated", "steps_not_converged", "update_error", "correction", "closure")
-#: What is told of the exactness of every prediction.
-_EDGES = ("initial", "final", "residual", "omitted", "statistics")
 _ORDERS: dict[str, Callable[[Any], Any]] = {"absolute": np.abs, "positive": np.asarray, "negative": np.negative}
 
 
@@ -122,7 +120,7 @@ def parameter_importance(
         result = answer(Question.ask(run, inputs, keep=keep, **question | {"test": block}), progress=False)
         scores = abs(result[[name for name in TERMS if name in result]]).sum(("test", "output"))
         total = scores if total is None else total + scores
-        edges.append(result[[name for name in _EDGES if name in result]])
+        edges.append(result[[name for name in ("initial", "final", *frame.edges) if name in result]])
         parts.append(result.attrs | {"closure": closure_error(result)})
     assert total is not None
     # What is told of the whole question, and of the block that took most.

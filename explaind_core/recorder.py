@@ -206,8 +206,7 @@ class Recorder:
         Raises:
             RecordingError: ids are not one integer per sample, or out of range; inputs cannot be stored.
         """
-        if self._watch.rounds is not None:
-            self._watch.rounds.end()
+        self._watch.end_round()
         self._writer.queue.check()
         if self._again is not None:
             self._again.expect()
@@ -219,8 +218,7 @@ class Recorder:
         Needed where a ``GradScaler`` skips ``optimizer.step()`` without calling it (no fused optimizer): the
         recorder cannot see that, unless it was given the scaler.
         """
-        if self._watch.rounds is not None:
-            self._watch.rounds.end()
+        self._watch.end_round()
         self._watch.forget()
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -309,8 +307,7 @@ class Recorder:
         """End the recording in order. Leaving the ``with`` block does this."""
         self._detach()
         try:
-            if self._watch.rounds is not None:
-                self._watch.rounds.end()
+            self._watch.end_round()
             self._writer.queue.close()
             self._store.close(self.steps)
         finally:
@@ -323,9 +320,8 @@ class Recorder:
         if self._stopped:
             return
         self._detach()
-        if self._watch.rounds is not None:
-            with suppress(ExplaindError):  # of two errors, the first one is to be seen
-                self._watch.rounds.end()
+        with suppress(ExplaindError):  # of two errors, the first one is to be seen
+            self._watch.end_round()
         with suppress(ExplaindError):
             self._writer.queue.close()
         self._store.unlock()

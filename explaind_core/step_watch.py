@@ -83,6 +83,11 @@ class StepWatch:
         """The number of the step that is not over."""
         return self._writer.steps + 1
 
+    def end_round(self) -> None:
+        """Of several optimizers: no other one steps from the gradients of this round."""
+        if self.rounds is not None:
+            self.rounds.end()
+
     def forget(self) -> None:
         """Forget what was declared and seen since the last step."""
         self._batches.clear()

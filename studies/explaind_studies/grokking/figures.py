@@ -51,19 +51,20 @@ def draw_influences(folder: Path, scores: xr.Dataset, subject: Subject) -> list[
     ]
 
 
-def _curves(axes: Axes, found: xr.Dataset, start: str, label: str, colour: str) -> None:
-    curves = 100 * found.test_accuracy.sel(start=start)
-    mean, spread = curves.mean("seed"), curves.std("seed")
-    axes.plot(found.tested, mean, color=colour, label=label)
-    axes.fill_between(found.tested, mean - spread, mean + spread, color=colour, alpha=0.25, linewidth=0)
+def _band(axes: Axes, curves: xr.DataArray, label: str, colour: str) -> None:
+    """Mean and deviation over seeds, in percent, along the other axis."""
+    along = curves[next(str(d) for d in curves.dims if d != "seed")]
+    mean, spread = 100 * curves.mean("seed"), 100 * curves.std("seed")
+    axes.plot(along, mean, color=colour, label=label)
+    axes.fill_between(along, mean - spread, mean + spread, color=colour, alpha=0.25, linewidth=0)
 
 
 def _against_random(axes: Axes, found: xr.Dataset, start: str, labels: tuple[str, str, str]) -> int:
     """Test and training accuracy from a start, and test accuracy from nothing; the step that was taken from."""
-    _curves(axes, found, start, labels[0], _COLOURS[1])
+    _band(axes, found.test_accuracy.sel(start=start), labels[0], _COLOURS[1])
     train = 100 * found.train_accuracy.sel(start=start).mean("seed")
     axes.plot(found.step, train, color=_COLOURS[0], label=labels[1])
-    _curves(axes, found, RANDOM, labels[2], "#888888")
+    _band(axes, found.test_accuracy.sel(start=RANDOM), labels[2], "#888888")
     return int(found.taken_at.sel(start=start))
 
 
@@ -100,13 +101,8 @@ def draw_longer(folder: Path, found: xr.Dataset) -> list[Picture]:
     figure = Figure(figsize=(10, 6), layout="constrained")
     for axes, start in zip(figure.subplots(2, 2, sharex=True, sharey=True).flat, found.start.values, strict=True):
         one = found.sel(start=start)
-        for curve, along, label, colour in (
-            (one.test_accuracy, one.tested, "test", _COLOURS[0]),
-            (one.train_accuracy, one.step, "training", _COLOURS[1]),
-        ):  # fmt: skip
-            mean, deviation = 100 * curve.mean("seed"), 100 * curve.std("seed")
-            axes.plot(along, mean, color=colour, label=label)
-            axes.fill_between(along, mean - deviation, mean + deviation, color=colour, alpha=0.2, linewidth=0)
+        _band(axes, one.test_accuracy, "test", _COLOURS[0])
+        _band(axes, one.train_accuracy, "training", _COLOURS[1])
         name = "all at random" if start == RANDOM else f"{str(start).split(' ')[0]} of step {int(one.taken_at)}"
         axes.set(title=name, ylim=(-2, 102), xlabel="training step", ylabel="accuracy, %")
         axes.label_outer()
