@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from explaind_studies.modular_addition import ModularTransformer, modular_addition
 from numcodecs import blosc
 from torch import nn
 
 from explaind_core.compression import pack, unpack
+from explaind_studies.modular_addition import ModularTransformer, modular_addition
 
 
 def tensors(steps: int = 30) -> dict[str, list[np.ndarray]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 
 import torch
-from explaind_studies.modular_addition import LAYERS, ModularTransformer, modular_addition
 from rich.console import Console
 from rich.table import Table
 from timing import interleaved
@@ -20,6 +19,7 @@ from explaind_core.feature_maps import ExplainedFunction
 from explaind_core.layers import resolve_layers
 from explaind_core.outputs import Outputs
 from explaind_core.run import ParameterInfo
+from explaind_studies.modular_addition import LAYERS, ModularTransformer, modular_addition
 
 
 def main(chunk: int = 500) -> None:

@@ -18,7 +18,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from explaind_studies.modular_addition import ModularTransformer, modular_addition
 from torch import nn
 
 import explaind_core as explaind
@@ -28,6 +27,7 @@ from explaind_core.conformance import check_trials
 from explaind_core.errors import ConformanceError
 from explaind_core.plugins import default_registry
 from explaind_core.progress import track
+from explaind_studies.modular_addition import ModularTransformer, modular_addition
 
 DOCS = Path(__file__).parent.parent / "docs"
 STEPS = 50

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import xarray as xr
-from explaind_studies.demo import PAPER
-from explaind_studies.modular_addition import LAYERS, ModularTransformer, modular_addition
 
 import explaind_core as explaind
+from explaind_studies.demo import PAPER
+from explaind_studies.modular_addition import LAYERS, ModularTransformer, modular_addition
 
 
 def main(folder: str = "runs/demo") -> None:

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from explaind_studies import demo
-from explaind_studies.modular_addition import ModularTransformer, modular_addition
-from explaind_studies.resnet import ResNet9, generated_images
 from rich.console import Console
 from torch import nn
 
 import explaind_core as explaind
+from explaind_studies import demo
+from explaind_studies.modular_addition import ModularTransformer, modular_addition
+from explaind_studies.resnet import ResNet9, generated_images
 
 FOLDER = Path("runs/questions")
 #: The demo's questions: name -> arguments; all of them about log-probabilities of the right sums.

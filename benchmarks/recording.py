@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from explaind_studies.modular_addition import ModularTransformer, modular_addition
 from torch import nn
 
 import explaind_core as explaind
+from explaind_studies.modular_addition import ModularTransformer, modular_addition
 
 MODES = ("plain", "steps", "parameters", "snapshots")
 

@@ -19,17 +19,17 @@ from unittest import mock
 import numpy as np
 import torch
 import xarray as xr
-from attribution_oracles import OutputFunction, forward, modules
-from oracles import block, matrix
 from torch import Tensor, nn
 
 import explaind_core as explaind
+from attribution_oracles import OutputFunction, forward, modules
 from explaind_core import trees
 from explaind_core.operators import OfReadout
 from explaind_core.recorded import FLAT, to_dense
 from explaind_core.replay import Replay
 from explaind_core.run import Run
 from explaind_core.secant import Fitted
+from oracles import block, matrix
 
 AXES = ("step", "gradient_step", "layer", "parameter", "train", "test", "output")
 #: All 128 of them.

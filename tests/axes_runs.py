@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from attribution_oracles import forward, rows
 from torch import Tensor, nn
 
 import explaind_core as explaind
+from attribution_oracles import forward, rows
 from explaind_core.run import Run
 
 #: One optimizer of all parameters, or a list of several.

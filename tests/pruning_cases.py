@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
+
 from explaind_studies.pruning import Setting
 from explaind_studies.pruning.setting import Task
 from explaind_studies.resnet import ResNet9
-from torch import nn
 
 TINY = Setting(width=2, batch=8, epochs=3, peak_epoch=1, peak=0.05, levels=(0.5, 0.8, 0.9), retrain_epochs=1)
 

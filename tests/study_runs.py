@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from io import StringIO
 
-from explaind_studies.catalogue import run_study
 from rich.console import Console
+
+from explaind_studies.catalogue import run_study
 
 
 def run_quietly(name, folder, setting, **options):

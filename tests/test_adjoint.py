@@ -12,11 +12,11 @@ import pytest
 import torch
 import xarray as xr
 import zarr
+
+import explaind_core as explaind
 from attribution_oracles import modules
 from axes_oracle import AXES, Influences, assert_answers, influences
 from axes_runs import BATCHES, CASES, DATA, INPUTS, TARGETS, example, network, record_batches
-
-import explaind_core as explaind
 from explaind_core import LinearFilter, StepCoefficients, UpdateRule, appending
 from explaind_core.adjoint import Adjoint
 from explaind_core.errors import NonFiniteError, QuestionError

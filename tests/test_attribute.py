@@ -8,12 +8,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from attribution_oracles import SUBSETS, Dense, assert_equal, dense, modules, record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import explaind_core as explaind
+from attribution_oracles import SUBSETS, Dense, assert_equal, dense, modules, record
 from explaind_core.question import Question
 from explaind_core.run import Run
 from explaind_core.testing import record_example

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from attribution_oracles import assert_equal, dense, modules, record
 from torch import nn
 from torch.nn import functional as F
 
 import explaind_core as explaind
+from attribution_oracles import assert_equal, dense, modules, record
 from explaind_core.question import Question
 from explaind_core.testing import record_example
 

@@ -9,14 +9,14 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from attribution_oracles import modules
-from axes_oracle import AXES, SUBSETS, Influences, assert_answers, influences
-from axes_runs import ASKED, BATCHES, CASES, DATA, INPUTS, OPTIMIZERS, TARGETS, example, network, record_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import explaind_core as explaind
+from attribution_oracles import modules
+from axes_oracle import AXES, SUBSETS, Influences, assert_answers, influences
+from axes_runs import ASKED, BATCHES, CASES, DATA, INPUTS, OPTIMIZERS, TARGETS, example, network, record_batches
 from explaind_core.errors import QuestionError
 from explaind_core.question import Question
 

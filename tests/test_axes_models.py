@@ -8,14 +8,14 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from attribution_oracles import modules
-from axes_oracle import AXES, SUBSETS, assert_answers, influences, sample_gradients
-from axes_runs import record_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import explaind_core as explaind
+from attribution_oracles import modules
+from axes_oracle import AXES, SUBSETS, assert_answers, influences, sample_gradients
+from axes_runs import record_batches
 from explaind_core.errors import QuestionError
 
 #: Ragged; a sample twice in the second batch.

@@ -7,17 +7,17 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
-from attribution_oracles import SUBSETS as OLD_SUBSETS
-from attribution_oracles import dense, modules
-from axes_oracle import AXES, Influences, dims_of, influences, sample_gradients, updates
-from axes_runs import BATCHES, CASES, DATA, INPUTS, MICRO, OPTIMIZERS, TARGETS, example, network, record_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import adam_alphas, adam_denominators, sgd_alphas
 from torch import nn
 from torch.func import functional_call
 
 import explaind_core as explaind
+from attribution_oracles import SUBSETS as OLD_SUBSETS
+from attribution_oracles import dense, modules
+from axes_oracle import AXES, Influences, dims_of, influences, sample_gradients, updates
+from axes_runs import BATCHES, CASES, DATA, INPUTS, MICRO, OPTIMIZERS, TARGETS, example, network, record_batches
+from oracles import adam_alphas, adam_denominators, sgd_alphas
 
 
 @lru_cache

@@ -13,12 +13,12 @@ import pytest
 import safetensors.torch
 import torch
 import xarray as xr
-from attribution_oracles import record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import explaind_core as explaind
+from attribution_oracles import record
 from explaind_core import Loss, statedicts
 from explaind_core.attribute import summed
 from explaind_core.checkpoints import AXES, attribute_checkpoints

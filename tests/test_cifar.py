@@ -9,11 +9,11 @@ import pickletools
 import numpy as np
 import pytest
 import torch
+
 from cifar_files import array, dictionary, integer, listed, long, named, python_2, python_3, short, write_cifar
+from explaind_core.errors import StoreError
 from explaind_studies import cifar
 from explaind_studies.cifar import cifar2, read_batch
-
-from explaind_core.errors import StoreError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)
 LABELS = [3, 5, 0, 9]

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from attribution_oracles import record
-from explaind_studies import demo as study
 from safetensors.torch import save_file
 from torch import nn
 
 import explaind_core as explaind
+from attribution_oracles import record
 from explaind_core import appending, cli
 from explaind_core.errors import QuestionError
 from explaind_core.testing import record_example
+from explaind_studies import demo as study
 
 MODEL = """
 import torch

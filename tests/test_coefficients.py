@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from explaind_optimizers import AdamRule, AdamWRule, SGDRule
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import alpha
 from torch import nn
 
 import explaind_core as explaind
 from explaind_core import errors
 from explaind_core.coefficients import OptimizerState, qualified_name
 from explaind_core.operators import Diagonal, Left
+from explaind_optimizers import AdamRule, AdamWRule, SGDRule
+from oracles import alpha
 
 
 # ------------------------------------------------------------------ filters

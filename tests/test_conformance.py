@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from explaind_optimizers import SGDRule, SparseAdamRule
 from torch import nn
 
 import explaind_core as explaind
@@ -14,6 +13,7 @@ from explaind_core.cases import observed, replayed
 from explaind_core.conformance import Conformance, ConformanceError
 from explaind_core.errors import UnsupportedOptionError
 from explaind_core.testing import Case, check_update_rule, run_case
+from explaind_optimizers import SGDRule, SparseAdamRule
 
 
 def test_a_nan_is_never_lost():

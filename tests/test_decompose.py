@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import closed_split, declarations, explicit_split
 from torch import nn
 
 import explaind_core as explaind
 from explaind_core import errors
 from explaind_core.plugins import Registry
 from explaind_core.testing import record_example
+from oracles import closed_split, declarations, explicit_split
 
 SHAPES = [(), (3,), (4, 5), (2, 3, 2)]
 KINDS = [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW]

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from explaind_studies import demo as study
-from explaind_studies.demo import Setting, demo, train
-from explaind_studies.modular_addition import LAYERS
 from rich.console import Console
 
 import explaind_core as explaind
 from explaind_core.errors import ExplaindError
+from explaind_studies import demo as study
+from explaind_studies.demo import Setting, demo, train
+from explaind_studies.modular_addition import LAYERS
 
 #: A tolerance that one node a step always meets: quick, and the same nodes however the samples are cut into pieces.
 TINY = Setting(p=7, train=20, test=8, seed=0, explained=8, most_steps=6, samples_at_once=8, tolerance=10.0)

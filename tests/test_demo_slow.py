@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from explaind_studies.demo import PAPER, QUICK, demo
-from explaind_studies.modular_addition import LAYERS, modular_addition
 
 import explaind_core as explaind
+from explaind_studies.demo import PAPER, QUICK, demo
+from explaind_studies.modular_addition import LAYERS, modular_addition
 
 pytestmark = pytest.mark.slow
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
+import explaind_core as explaind
 from explaind_studies import digits
 from explaind_studies.digits import Schedule
 from explaind_studies.resnet import ResNet9
-
-import explaind_core as explaind
 
 
 def test_digits_are_enlarged_split_and_drawn_by_the_seed_alone():

@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+import explaind_core as explaind
+from explaind_core.errors import QuestionError, StoreError
 from explaind_studies.grokking import GrokkingSetting, influences, interactive, kernels, lasso, pipelines, swapping
 from explaind_studies.grokking.setting import EXPERIMENTS
 from explaind_studies.grokking.stages import CHECKPOINTS, PAPER_STAGES, Stages, find_stages
 from explaind_studies.grokking.subject import OUTER, names_of, trained
 from explaind_studies.modular_addition import LAYERS, ModularTransformer
 from explaind_studies.workbook import Workbook
-from hypothesis import given
-from hypothesis import strategies as st
-from rich.console import Console
 from study_runs import run_quietly
-
-import explaind_core as explaind
-from explaind_core.errors import QuestionError, StoreError
 
 TINY = GrokkingSetting(
     p=7, train=20, test=8, seed=0, most_steps=14, explained=8, train_explained=5, samples_at_once=4, tolerance=10.0,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from explaind_optimizers import MuonRule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -14,6 +13,7 @@ from explaind_core.errors import CoefficientError, InferenceError, RuleNotFoundE
 from explaind_core.operators import Diagonal, Scalar
 from explaind_core.secant import Fitted, closed
 from explaind_core.testing import record_example
+from explaind_optimizers import MuonRule
 
 INPUTS = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(3, 4)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from explaind_optimizers.lbfgs import TwoLoop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import explaind_core as explaind
 from explaind_core.errors import RecordingError
+from explaind_optimizers.lbfgs import TwoLoop
 
 INPUTS = torch.randn(24, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 TARGETS = torch.randint(3, (24,), generator=torch.Generator().manual_seed(2))

@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from joint_loops import MUON, OPTIMIZERS, Joint, Nobody, closes
 from torch import nn
 
 import explaind_core as explaind
 from explaind_core import errors, storefiles, writer
 from explaind_core.replay import Replay
+from joint_loops import MUON, OPTIMIZERS, Joint, Nobody, closes
 
 needs_muon = pytest.mark.skipif(not MUON, reason="this torch has no Muon")
 matrix_optimizers = st.sampled_from([name for name in OPTIMIZERS if name != "muon" or MUON])

@@ -6,13 +6,13 @@ from uuid import uuid4
 
 import fsspec
 import pytest
-from test_writing import STEPS, Training, held
 from upath import UPath
 
 import explaind_core as explaind
 from explaind_core import errors
 from explaind_core.locations import locate
 from explaind_core.store import RunStore
+from test_writing import STEPS, Training, held
 
 
 @pytest.fixture

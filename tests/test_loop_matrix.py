@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from loop_cells import CELLS, FEATURES, measure, recorded
 
 #: Every feature once, over models and optimizers in turn; the whole matrix is slow.

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_quadrature import INPUTS, residuals, smooth
 
 import explaind_core as explaind
 from explaind_core.quadrature import Quadrature, midpoints
 from explaind_core.run import Run
+from test_quadrature import INPUTS, residuals, smooth
 
 
 def slopes(run: Run, step: int, points) -> np.ndarray:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mode_trainings import TRAININGS, Training, cnn, record
 
 import explaind_core as explaind
+from mode_trainings import TRAININGS, Training, cnn, record
 
 K = 3
 STEPS = 7

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mode_trainings import TRAININGS, Training, cnn, mlp, record, steps
 from torch import nn
 
 import explaind_core as explaind
@@ -18,6 +17,7 @@ from explaind_core import environment, errors
 from explaind_core.early import EarlyCheck
 from explaind_core.rerun import Rerun
 from explaind_core.run import Run
+from mode_trainings import TRAININGS, Training, cnn, mlp, record, steps
 
 MODES = ["parameters", "snapshots"]
 PLAIN = Training()

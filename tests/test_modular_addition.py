@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from attribution_oracles import dense
-from explaind_studies.modular_addition import LAYERS, ModularTransformer, modular_addition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import explaind_core as explaind
+from attribution_oracles import dense
 from explaind_core.layers import resolve_layers
 from explaind_core.run import ParameterInfo
+from explaind_studies.modular_addition import LAYERS, ModularTransformer, modular_addition
 
 
 def reference(model: ModularTransformer, tokens: torch.Tensor) -> torch.Tensor:

@@ -6,12 +6,12 @@ import tempfile
 
 import pytest
 import torch
-from explaind_optimizers.muon import MuonRule, polynomial
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import explaind_core as explaind
+from explaind_optimizers.muon import MuonRule, polynomial
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 

@@ -14,7 +14,7 @@ import explaind_core as explaind
 from explaind_core import errors
 from explaind_core.testing import record_example
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "support" / "data"
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from explaind_optimizers import _RULES, AdamRule, NAdamRule, RMSpropRule, SGDRule
 from hypothesis import strategies as st
 from torch import nn
 
@@ -14,6 +13,7 @@ from explaind_core.conformance import ConformanceError, check_trials
 from explaind_core.plugins import default_registry
 from explaind_core.testing import Case, check_update_rule, run_case
 from explaind_core.trials import find_optimizer
+from explaind_optimizers import _RULES, AdamRule, NAdamRule, RMSpropRule, SGDRule
 
 RULES = {type(rule()).__name__: rule() for rule in _RULES if rule.optimizers[0].startswith("torch.")}
 FAMILIES = [

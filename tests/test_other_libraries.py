@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 import torch
-from attribution_oracles import record
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 import explaind_core as explaind
+from attribution_oracles import record
 from explaind_core import Loss
 from explaind_core.run import Run
 

@@ -7,8 +7,6 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
-from attribution_oracles import assert_equal, dense, modules, record
-from attribution_oracles import rows as select
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -16,6 +14,8 @@ from torch.func import functional_call, jacrev, jvp, vmap
 from torch.nn import functional as F
 
 import explaind_core as explaind
+from attribution_oracles import assert_equal, dense, modules, record
+from attribution_oracles import rows as select
 from explaind_core import Activation, Chosen, Function, LogProbabilities, Loss, Outputs
 from explaind_core.errors import QuestionError
 from explaind_core.outputs import flat_rows, run_model

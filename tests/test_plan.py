@@ -12,12 +12,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from axes_oracle import SUBSETS
-from axes_runs import example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import explaind_core as explaind
+from axes_oracle import SUBSETS
+from axes_runs import example
 from explaind_core.adjoint import Adjoint
 from explaind_core.budget import parse_memory, readable_size
 from explaind_core.decompose import Decomposer

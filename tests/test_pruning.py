@@ -11,7 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+
+import explaind_core as explaind
 from cifar_files import write_cifar
+from explaind_core.errors import QuestionError, StoreError
 from explaind_studies.catalogue import STUDIES
 from explaind_studies.pruning import PAPER, QUICK, Setting
 from explaind_studies.pruning import study as study_function
@@ -21,9 +24,6 @@ from explaind_studies.pruning.training import record
 from explaind_studies.resnet import ResNet9
 from pruning_cases import TINY, small_task
 from study_runs import run_quietly
-
-import explaind_core as explaind
-from explaind_core.errors import QuestionError, StoreError
 
 # ---------------------------------------------------------------------- importance
 

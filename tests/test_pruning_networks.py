@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from torch import nn
+
+from explaind_core.errors import QuestionError
 from explaind_studies.pruning import filters
 from explaind_studies.pruning.curves import FILTERS, IMPORTANCE, METHODS, RANDOM, curves, divergence, kept, pruned
 from explaind_studies.pruning.filters import (
@@ -24,9 +27,6 @@ from explaind_studies.pruning.setting import LEVELS
 from explaind_studies.pruning.training import outputs
 from explaind_studies.resnet import ResNet9
 from pruning_cases import TINY, small_model, small_task, without_head
-from torch import nn
-
-from explaind_core.errors import QuestionError
 
 # ---------------------------------------------------------------------- single parameters
 

@@ -8,12 +8,12 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
-from attribution_oracles import record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import explaind_core as explaind
+from attribution_oracles import record
 from explaind_core.errors import QuestionError
 from explaind_core.quadrature import Quadrature, gauss_legendre
 from explaind_core.run import Run

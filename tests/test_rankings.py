@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from attribution_oracles import modules
-from axes_oracle import influences
-from axes_runs import CASES, INPUTS, example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import explaind_core as explaind
+from attribution_oracles import modules
+from axes_oracle import influences
+from axes_runs import CASES, INPUTS, example
 from explaind_core.attribute import closure_error
 from explaind_core.errors import QuestionError
 from explaind_core.question import Question

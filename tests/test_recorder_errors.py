@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from explaind_optimizers import SGDRule
-from test_recorder import Loop, N
 from torch import nn
 
 import explaind_core as explaind
 from explaind_core import errors
 from explaind_core.plugins import Registry
 from explaind_core.store import RunStore
+from explaind_optimizers import SGDRule
+from test_recorder import Loop, N
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attribution_oracles import assert_equal, dense, modules, record
-from explaind_studies.resnet import ResNet9, generated_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import explaind_core as explaind
+from attribution_oracles import assert_equal, dense, modules, record
+from explaind_studies.resnet import ResNet9, generated_images
 
 
 def size(model):

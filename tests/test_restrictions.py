@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from axes_runs import INPUTS, example
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import explaind_core as explaind
+from axes_runs import INPUTS, example
 from explaind_core.errors import QuestionError
 from explaind_core.restrictions import (
     Sample,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from joint_loops import Joint, closes
 
 import explaind_core as explaind
 from explaind_core import errors
+from joint_loops import Joint, closes
 
 INFINITE = float("inf")
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from attribution_oracles import record
 from torch import nn
 
 import explaind_core as explaind
+from attribution_oracles import record
 from explaind_core.errors import QuestionError
 from explaind_core.testing import record_example
 

@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from attribution_oracles import modules
-from axes_oracle import AXES, Influences, influences
-from axes_runs import ASKED, BATCHES, CASES, DATA, INPUTS, OPTIMIZERS, TARGETS, example, network, record_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import explaind_core as explaind
+from attribution_oracles import modules
+from axes_oracle import AXES, Influences, influences
+from axes_runs import ASKED, BATCHES, CASES, DATA, INPUTS, OPTIMIZERS, TARGETS, example, network, record_batches
 from explaind_core import entries, second_moments
 from explaind_core.errors import QuestionError
 from explaind_core.question import Question

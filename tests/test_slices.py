@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from attribution_oracles import modules
-from axes_oracle import AXES, influences
-from axes_runs import BATCHES, CASES, DATA, INPUTS, OPTIMIZERS, TARGETS, example, network, record_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import explaind_core as explaind
+from attribution_oracles import modules
+from axes_oracle import AXES, influences
+from axes_runs import BATCHES, CASES, DATA, INPUTS, OPTIMIZERS, TARGETS, example, network, record_batches
 from explaind_core.errors import QuestionError
 
 TRAINED = [

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from explaind_studies import catalogue
-from explaind_studies.catalogue import STUDIES, Study, run_study
-from explaind_studies.findings import Claim, Picture, Table, rounded
-from explaind_studies.report import Report, keep
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
 from explaind_core.errors import QuestionError, StoreError
+from explaind_studies import catalogue
+from explaind_studies.catalogue import STUDIES, Study, run_study
+from explaind_studies.findings import Claim, Picture, Table, rounded
+from explaind_studies.report import Report, keep
 
 
 @dataclass(frozen=True)

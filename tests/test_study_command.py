@@ -8,12 +8,12 @@ from dataclasses import replace
 from io import StringIO
 
 import pytest
-from explaind_studies import table1
 from rich.console import Console
-from test_table1 import TINY
 from typer.testing import CliRunner
 
 from explaind_core import cli, cli_study
+from explaind_studies import table1
+from test_table1 import TINY
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 from types import MappingProxyType
 
-import explaind_optimizers as builtin
 import pytest
 import sympy
 import torch
 
+import explaind_optimizers as builtin
 from explaind_core import UpdateRule
 from explaind_core.symbolic import RecursionStep, SymbolicTensor, prove
 from explaind_core.symbolic.recursion import configurations

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import explaind_optimizers as builtin
 import pytest
 import torch
 
+import explaind_optimizers as builtin
 from explaind_core import LinearFilter, StepCoefficients, UpdateRule
 from explaind_core.errors import ProofError
 from explaind_core.operators import Diagonal

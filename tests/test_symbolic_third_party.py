@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from types import MappingProxyType
 
-import explaind_optimizers as builtin
 import pytest
 import sympy
 
+import explaind_optimizers as builtin
 from explaind_core import StepCoefficients, UpdateRule
 from explaind_core.errors import ProofError
 from explaind_core.operators import Diagonal, OfReadout

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+
+import explaind_core as explaind
+from explaind_core.errors import QuestionError
 from explaind_studies import demo, digits, table1_models
 from explaind_studies.table1_models import Setting, subjects
 from explaind_studies.table1_page import Found, checks, claims, summary, table
 from study_runs import run_quietly
-
-import explaind_core as explaind
-from explaind_core.errors import QuestionError
 
 TINY = Setting(
     seed=0, nodes=("midpoint:10", "midpoint:100", 1), explained=5, p=5, train=10, test=5, most_steps=2, cnn_width=1,

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from axes_runs import example
 
 import explaind_core as explaind
+from axes_runs import example
 from explaind_core.decompose import Decomposer, StepDecomposition
 from explaind_core.errors import StoreError
 from explaind_core.tape import Tape

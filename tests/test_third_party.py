@@ -7,8 +7,6 @@ import warnings
 
 import pytest
 import torch
-from explaind_optimizers import LARSRule, ProdigyRule, ShampooRule, SOAPRule, SophiaGRule, SophiaHRule
-from explaind_optimizers.trials_elsewhere import TABLE
 from hypothesis import strategies as st
 from torch import nn
 
@@ -17,6 +15,8 @@ from explaind_core.coefficients import RecordedStep, qualified_name
 from explaind_core.conformance import ConformanceError, check_trials
 from explaind_core.plugins import default_registry
 from explaind_core.testing import check_update_rule, record_example
+from explaind_optimizers import LARSRule, ProdigyRule, ShampooRule, SOAPRule, SophiaGRule, SophiaHRule
+from explaind_optimizers.trials_elsewhere import TABLE
 
 FAMILIES = [(name, point) for name, e in TABLE.items() for point in range(1 + e.elsewhere)]
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from explaind_optimizers import AdamWRule, SGDRule
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -22,6 +21,7 @@ from explaind_core.errors import ConformanceError, PluginError, QuestionError
 from explaind_core.plugins import Registry, default_registry
 from explaind_core.testing import Trials, check_plugin, check_update_rule
 from explaind_core.trials import default_trials, find_optimizer
+from explaind_optimizers import AdamWRule, SGDRule
 
 DOCS = Path(__file__).parent.parent / "docs"
 

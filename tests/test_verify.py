@@ -8,17 +8,17 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
-from attribution_oracles import dense, record
-from explaind_optimizers.adam import AdamWRule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import explaind_core as explaind
+from attribution_oracles import dense, record
 from explaind_core.plugins import Registry
 from explaind_core.run import Run
 from explaind_core.testing import record_example
 from explaind_core.verify import agreement, kl_divergence
+from explaind_optimizers.adam import AdamWRule
 
 INPUTS = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 TARGETS = torch.tensor([0, 1, 2, 0, 1, 2])

@@ -8,17 +8,17 @@ from functools import lru_cache
 from types import SimpleNamespace
 from unittest import mock
 
-import axes_oracle
 import numpy as np
 import pytest
 import torch
 import xarray as xr
-from axes_oracle import AXES, SUBSETS, Influences, assert_answers, influences
-from axes_runs import INPUTS, example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import axes_oracle
 import explaind_core as explaind
+from axes_oracle import AXES, SUBSETS, Influences, assert_answers, influences
+from axes_runs import INPUTS, example
 from explaind_core.adjoint import Adjoint
 from explaind_core.errors import QuestionError
 from explaind_core.restrictions import Sample

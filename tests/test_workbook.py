@@ -6,12 +6,12 @@ from io import StringIO
 
 import pytest
 import xarray as xr
-from explaind_studies import workbook
-from explaind_studies.workbook import Workbook
 from rich.console import Console
-from test_studies import Setting
 
 from explaind_core.errors import StoreError
+from explaind_studies import workbook
+from explaind_studies.workbook import Workbook
+from test_studies import Setting
 
 
 def book(folder, setting=None, study="example"):
