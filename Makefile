@@ -18,6 +18,7 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/forward_mode.py
@@ -37,7 +38,7 @@ optimizers: $(VENV)/installed
 
 # Every model x loop feature x optimizer, as a table.
 matrix: $(VENV)/installed
-	$(BIN)/python tests/loop_cells.py
+	PYTHONPATH=tests $(BIN)/python -m support.loop_cells
 
 # Random kills of recordings and attributions, and random damage to stored files.
 faults: $(VENV)/installed

@@ -13,7 +13,7 @@ import torch
 from numcodecs import blosc
 from torch import nn
 
-from explaind_core.compression import pack, unpack
+from explaind_core.store import pack, unpack
 from explaind_studies.modular_addition import ModularTransformer, modular_addition
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import explaind_core as explaind
 from explaind_core import trees
 from explaind_core.errors import StoreError
-from explaind_core.store import RunStore
+from explaind_core.store import RunStore, damages
 
 STEPS = 6
 
@@ -218,7 +218,7 @@ def rounds(count: int, seed: int, folder: Path) -> Iterator[tuple[str, str, str,
         changed = any(not p.exists() or p.read_bytes() != contents[p] for p in damaged)
         said = outcome(path, model, reference, damaged)
         gone = lost(path, model, reference, damaged)
-        checked = not changed or bool(RunStore(path).check_all())
+        checked = not changed or bool(damages(RunStore(path)))
         yield kind, f"{sort} ({', '.join(sorted(_sort(p) for p in damaged))})", said, gone, checked
         for p in damaged:
             p.write_bytes(contents[p])

@@ -38,10 +38,13 @@ import torch
 from torch import nn
 
 import explaind_core as explaind
-from explaind_core import appending, trees
+from explaind_core import trees
 from explaind_core.errors import ExplaindError
+from explaind_core.results import result_writer as appending
 
-attribution = importlib.import_module("explaind_core.attribute")  # which the function of the same name hides
+attribution = importlib.import_module(
+    "explaind_core.attribution.attribute"
+)  # which the function of the same name hides
 CONTEXT = multiprocessing.get_context("fork")
 #: How a child ends that found something wrong, or kills itself.
 WRONG, KILLED = 3, 9

@@ -13,12 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from timing import interleaved
 
-from explaind_core.contract import _integrate, _tangents, updates_of
-from explaind_core.decompose import StepDecomposition, UpdateSplit
-from explaind_core.feature_maps import ExplainedFunction
-from explaind_core.layers import resolve_layers
-from explaind_core.outputs import Outputs
-from explaind_core.run import ParameterInfo
+from explaind_core.decomposition import StepDecomposition, UpdateSplit, updates_of
+from explaind_core.derivatives import ExplainedFunction, Outputs
+from explaind_core.questions import resolve_layers
+from explaind_core.strategies import _integrate, _tangents
+from explaind_core.training_step import ParameterInfo
 from explaind_studies.modular_addition import LAYERS, ModularTransformer, modular_addition
 
 

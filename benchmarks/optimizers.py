@@ -21,10 +21,9 @@ import torch
 from torch import nn
 
 import explaind_core as explaind
-from explaind_core.catalogue import catalogue
-from explaind_core.coefficients import qualified_name
-from explaind_core.conformance import check_trials
+from explaind_core.conformance import catalogue, check_trials
 from explaind_core.errors import ConformanceError
+from explaind_core.naming import qualified_name
 from explaind_core.plugins import default_registry
 from explaind_core.progress import track
 from explaind_studies.modular_addition import ModularTransformer, modular_addition

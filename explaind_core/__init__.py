@@ -8,26 +8,27 @@ from __future__ import annotations
 from typing import Any
 
 from explaind_core import errors, operators
-from explaind_core.attribute import attribute, closure_error
-from explaind_core.checkpoints import attribute_checkpoints
-from explaind_core.coefficients import LinearFilter, RecordedStep, StepCoefficients, UpdateRule
-from explaind_core.decompose import decompose
-from explaind_core.hookspecs import hookimpl
-from explaind_core.imported import import_checkpoints
-from explaind_core.inferred import InferredRule
-from explaind_core.outputs import Activation, Chosen, Function, LogProbabilities, Loss, Output, Outputs
-from explaind_core.plan import Plan, plan
-from explaind_core.rankings import by_parameter, parameter_importance, top_samples
-from explaind_core.recorder import Recorder
-from explaind_core.restrictions import Sample
+from explaind_core.attribution import Plan, Verification, attribute, plan, verify
+from explaind_core.checkpoints import attribute_checkpoints, import_checkpoints
+from explaind_core.decomposition import decompose
+from explaind_core.derivatives import Activation, Chosen, Function, LogProbabilities, Loss, Output, Outputs
+from explaind_core.questions import Sample
+from explaind_core.recording import Recorder
+from explaind_core.results import closure_error, open_result
+from explaind_core.rules import InferredRule, LinearFilter, RecordedStep, StepCoefficients, UpdateRule, hookimpl
 from explaind_core.run import Run, open_run
-from explaind_core.scores import importance, relative_regularization, spread_residual
-from explaind_core.similarity import similarity
-from explaind_core.similarity_plan import plan_similarity
-from explaind_core.sizes import StoreSize, store_size
-from explaind_core.slices import kernel_slices
-from explaind_core.storage import open_result
-from explaind_core.verify import Verification, verify
+from explaind_core.scores import (
+    by_parameter,
+    importance,
+    kernel_slices,
+    parameter_importance,
+    plan_similarity,
+    relative_regularization,
+    similarity,
+    spread_residual,
+    top_samples,
+)
+from explaind_core.store import StoreSize, store_size
 
 __all__ = [
     "Activation",

@@ -9,14 +9,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from explaind_core.cases import Case
-from explaind_core.coefficients import UpdateRule
-from explaind_core.conformance import Conformance, ConformanceError, check_update_rule, run_case
-from explaind_core.plugins import Registry
-from explaind_core.recorder import Recorder
+from explaind_core.conformance import Case, Conformance, Verdict, check_plugin, check_update_rule, run_case
+from explaind_core.errors import ConformanceError
+from explaind_core.recording import Recorder
+from explaind_core.rules import Registry, Trials, UpdateRule
 from explaind_core.run import Run, open_run
-from explaind_core.trials import Trials
-from explaind_core.verdict import Verdict, check_plugin
 
 __all__ = [
     "Case",

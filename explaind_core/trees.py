@@ -7,7 +7,8 @@ does not know is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from explaind_core.errors import RecordingError
 
-__all__ = ["flatten", "leaves", "map_tensors", "unflatten"]
+__all__ = ["flatten", "leaves", "map_tensors", "rebuilt", "unflatten"]
 
 
 def flatten(tree: Any, where: str) -> tuple[Any, dict[str, Tensor]]:
@@ -123,3 +124,21 @@ def leaves(tree: Any) -> list[Tensor]:
 
     map_tensors(keep, tree)
     return found
+
+
+def rebuilt(tree: Any, tensors: Iterator[Tensor]) -> Any:
+    """``tree`` with other tensors, in the order of ``trees.leaves``; its containers keep their classes."""
+    if isinstance(tree, Tensor):
+        return next(tensors)
+    if isinstance(tree, tuple):
+        values = [rebuilt(value, tensors) for value in tree]
+        make: Callable[..., Any] = getattr(type(tree), "_make", type(tree))  # a named tuple
+        return make(values)
+    if isinstance(tree, list):
+        return [rebuilt(value, tensors) for value in tree]
+    if isinstance(tree, Mapping):
+        other: Any = copy.copy(tree)
+        for key in list(tree):
+            other[key] = rebuilt(tree[key], tensors)
+        return other
+    return tree

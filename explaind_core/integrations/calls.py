@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from explaind_core import trees
-from explaind_core.batch_points import rebuilt, tolerance
 from explaind_core.errors import RecordingError
-from explaind_core.losses import LossFunction
+from explaind_core.tensors import tolerance
+from explaind_core.training_step import LossFunction
+from explaind_core.trees import rebuilt
 
 __all__ = ["CallWatch", "SeenCall"]
 

@@ -24,9 +24,8 @@ from transformers.utils.generic import find_labels
 from explaind_core.data import IndexedDataset, split_targets, with_ids
 from explaind_core.errors import RecordingError
 from explaind_core.integrations.calls import CallWatch
-from explaind_core.integrations.losses import loss_of, returned
-from explaind_core.losses import LossFunction
-from explaind_core.recorder import Recorder
+from explaind_core.recording import Recorder
+from explaind_core.training_step import LossFunction, loss_of, returned
 
 __all__ = ["RecorderCallback", "returning_logits"]
 
@@ -45,7 +44,7 @@ class RecorderCallback(TrainerCallback):
         path: a folder that does not exist yet (or is empty), as for :class:`explaind_core.Recorder`.
         loss: ``loss(output, targets)`` that the model is trained on, a mean over one batch; ``output`` is what the
             model returns, or its logits if it names them. The model's own by default
-            (:mod:`explaind_core.integrations.losses`).
+            (:mod:`explaind_core.training_step.transformers_losses`).
         targets: the keys of the targets in a batch; by default ``args.label_names``, or those of the model.
         id_column: take the ids from this column of the batch, which the collator must keep, for a dataset without
             positions. ``remove_unused_columns=False`` lets it pass.

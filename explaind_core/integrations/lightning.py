@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 from explaind_core.data import Collated, IndexedDataset, split_targets, with_ids
 from explaind_core.errors import RecordingError
 from explaind_core.integrations.calls import CallWatch
-from explaind_core.losses import LossFunction
-from explaind_core.recorder import Recorder
+from explaind_core.recording import Recorder
+from explaind_core.training_step import LossFunction
 
 __all__ = ["NamedBatch", "RecorderCallback", "named"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 
-from explaind_core.coefficients import OptimizerState, RecordedStep
+from explaind_core.rules import OptimizerState, RecordedStep
 from explaind_core.symbolic.algebra import proves_zero
 from explaind_core.symbolic.branches import Branch, Datum, Option
 from explaind_core.symbolic.recursion import hyper_parameters

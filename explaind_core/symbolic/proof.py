@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from explaind_core.coefficients import UpdateRule
 from explaind_core.errors import ProofError
+from explaind_core.rules import UpdateRule
 from explaind_core.symbolic.algebra import latex, text
 from explaind_core.symbolic.branches import Branch, branches
 from explaind_core.symbolic.closed import ClosedForms

@@ -10,7 +10,7 @@ from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 
-from explaind_core.coefficients import UpdateRule
+from explaind_core.rules import UpdateRule
 from explaind_core.symbolic.branches import Datum, Option
 from explaind_core.symbolic.tensor import SymbolicTensor, exact
 

@@ -9,9 +9,16 @@ from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 
-from explaind_core.coefficients import OptimizerState, RecordedStep, StepCoefficients, UpdateRule
 from explaind_core.errors import ExplaindError, ProofError
-from explaind_core.operators import LinearOperator, OfReadout, as_operator
+from explaind_core.rules import (
+    LinearOperator,
+    OfReadout,
+    OptimizerState,
+    RecordedStep,
+    StepCoefficients,
+    UpdateRule,
+    as_operator,
+)
 from explaind_core.symbolic.algebra import as_symbols, is_nonnegative, linear_coefficients
 from explaind_core.symbolic.branches import Datum
 from explaind_core.symbolic.recursion import Configuration, RecursionStep, State, hyper_parameters

@@ -32,7 +32,7 @@ from explaind_optimizers.sophia import SophiaGRule, SophiaHRule
 from explaind_optimizers.sparse_adam import SparseAdamRule
 
 if TYPE_CHECKING:
-    from explaind_core.trials import Trials
+    from explaind_core.rules import Trials
 
 _RULES = (
     AdaBeliefRule,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from explaind_core.trials import PRESENCE, Trials
+from explaind_core.rules import PRESENCE, Trials
 
 __all__ = ["torch_trials"]
 

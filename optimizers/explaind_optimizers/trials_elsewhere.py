@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from explaind_core import UpdateRule
-from explaind_core.trials import Trials
+from explaind_core.rules import Trials
 from explaind_optimizers.ademamix import AdEMAMixRule, SimplifiedAdEMAMixRule
 from explaind_optimizers.lamb import LambRule
 from explaind_optimizers.lars import LARSRule, SGDWRule

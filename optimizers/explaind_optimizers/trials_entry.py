@@ -11,8 +11,7 @@ import torch
 from hypothesis import strategies as st
 
 from explaind_core import UpdateRule
-from explaind_core.cases import SHAPES, Shapes
-from explaind_core.trials import Trials
+from explaind_core.rules import SHAPES, Shapes, Trials
 
 __all__ = ["Entry", "Strategies", "among", "draws", "given_hessians"]
 

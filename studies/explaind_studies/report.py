@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from explaind_core.provenance import git_commit
+from explaind_core.training_step import git_commit
 from explaind_studies.findings import Claim, Picture, Table, rounded
 
 __all__ = ["Report", "hardware", "keep", "versions"]

@@ -19,6 +19,7 @@ from torch import nn
 
 import explaind_core as explaind
 
+DATA = Path(__file__).parent / "data"
 MODES = ("steps", "parameters", "snapshots")
 INPUTS = torch.tensor([[1.0, -2.0, 0.0], [3.0, 1.0, -1.0], [0.0, 2.0, 2.0], [-1.0, 1.0, 1.0]], dtype=torch.float64)
 TARGETS = torch.tensor([[1.0, 0.0], [0.0, -1.0], [2.0, 1.0], [1.0, 1.0]], dtype=torch.float64)

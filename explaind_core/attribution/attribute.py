@@ -1,0 +1,247 @@
+"""attribute(): the one question, and the labelled result that closes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import xarray as xr
+
+from explaind_core.attribution.frame import Frame
+from explaind_core.decomposition import Tape
+from explaind_core.errors import QuestionError
+from explaind_core.progress import counted
+from explaind_core.questions import DEFAULT_AXES, Contribution, Question, finite_values, readable_size
+from explaind_core.results import TERMS, ResultWriter, closure_error, summed
+from explaind_core.results import result_writer as appending
+from explaind_core.run import Run
+from explaind_core.strategies import Adjoint, Choice, choose, stepwise
+
+__all__ = ["TERMS", "attribute", "closure_error", "forwards", "summed"]
+
+
+def attribute(
+    run: Run,
+    inputs: Any,
+    *,
+    keep: Sequence[str] = DEFAULT_AXES,
+    output: Any = None,
+    steps: Any = None,
+    gradient_steps: Any = None,
+    train: Any = None,
+    layers: Any = None,
+    test: Any = None,
+    nodes: int | str = "adaptive",
+    tolerance: float = 1e-3,
+    max_nodes: int = 32,
+    chords: int = 1,
+    strategy: str | None = None,
+    memory: str | int = "4GiB",
+    unattributed: str = "refuse",
+    buffers: str = "recorded",
+    engine: str = "local",
+    progress: bool = True,
+    out: str | os.PathLike[str] | None = None,
+) -> xr.Dataset:
+    """Split predictions into what each step, layer and term added to them (paper, Theorem 3.1, Definition 4.2).
+
+    ``f(theta_N; x) = f(theta_0; x) + sum_s (kernel_s(x) + regularization_s(x) + residual_s(x))``, every
+    contribution being what is ADDED to the output (the negative of the paper's psi).
+
+    Every contribution is a sum of cells of the influence tensor, with phi_s the feature map of Theorem 3.1::
+
+        kernel[s, i, l, p, k, x, j] = - phi_s(x)_{j,p} (alpha_{s,i} P_s E_i g_{i,k})_p        p in layer l, i <= s
+
+    Args:
+        run: a run opened with its model.
+        inputs: the n test samples: a tensor, or a tuple (positional arguments) or dict (keywords) of tensors.
+        keep: the axes to keep, any subset of step, gradient_step, layer, parameter, train, test, output; all others
+            are summed as early as possible. Only the kernel has a gradient_step and a train axis.
+        output: what is explained: None or ``Outputs()``, ``LogProbabilities()``, ``Chosen(columns)``,
+            ``Loss(targets)``, ``Activation(name)``, or any callable ``(call, inputs) -> [n, ...]``.
+        steps: a slice over step numbers (``slice(1850, 1900)`` is 1850..1899), a range, a list, or a ``Sample``; all by
+            default. A mapping from names to these makes windows: the step axis then has one entry a window.
+        gradient_steps: the gradients to count, by the steps that were fed them.
+        train: the training samples to count: ids, a slice of ids, a ``Sample``, or groups ``{name: ids}``.
+        layers: None for a layer per module that owns parameters, a list of module prefixes or types, or a mapping
+            ``{name: prefix, pattern, type, list of them, or {pattern: slices}}``.
+        test: which rows of ``inputs`` to explain: a slice, a list, or a ``Sample``.
+        nodes: Gauss-Legendre nodes per step, ``"adaptive"``, ``"left"`` (one node at t = 0: first order), or
+            ``"midpoint:q"`` (q equal midpoints, the paper's integration steps).
+        tolerance: adaptive only: the largest residual of a step, as a fraction of the largest change of an output
+            over all steps asked for.
+        max_nodes: adaptive only: the most nodes a step may get; one that misses the tolerance is marked.
+        chords: so many consecutive steps share one straight line and its feature map (labelled in the result).
+        strategy: ``"forward"``, ``"reverse"``, ``"features"`` or ``"adjoint"``; the cheapest by default, see
+            :func:`explaind_core.plan`.
+        memory: the most that the result, and what is held to compute it, may take.
+        unattributed: what to do where the gradients of a step's samples do not add up to the gradient that it was fed:
+            ``"refuse"``, or ``"carry"`` the difference as a term of its own.
+        buffers: where buffers moved in training (running statistics): ``"recorded"``, f is at every step that of the
+            buffers then, and what their moves added is the term ``statistics``; or ``"final"``, f is that of the last
+            ones throughout.
+        engine: ``"local"``.
+        progress: show a bar with the remaining time.
+        out: a zarr folder to write to while computing, in blocks of 50 steps (or, with the adjoint, blocks of test
+            samples; in one go, where that axis is not kept). The result is then read from there lazily, may exceed
+            ``memory``, and an interrupted call resumes. See :func:`explaind_core.open_result`.
+
+    Returns:
+        A Dataset over the kept axes: ``kernel``; without gradient_step and train ``regularization`` and, where there is
+        something to tell, ``prehistory`` (recording began with a used optimizer), ``penalty`` (a term of the loss that
+        depends on the parameters alone) and ``unattributed`` (what no sample explains of the gradients); over (step,
+        test, output) as far as kept ``residual``, ``omitted`` and, where buffers moved, ``statistics``; ``initial`` and
+        ``final`` over (test, output) as far as kept; ``nodes``, ``converged`` and
+        ``update_error`` over step. ``omitted`` is what restrictions left out: other layers, training samples and
+        gradient steps, and steps between those asked for. Along ``parameter`` stand positions in all parameters, one
+        behind the other, and ``tensor``, a number into ``attrs["tensors"]``.
+
+    Raises:
+        QuestionError, LayerError: an argument makes no sense; the result does not fit into ``memory``.
+        RecordingError: the gradients of a step's samples do not make up the gradient that it was fed.
+        NonFiniteError: the explained function is not finite somewhere on the way.
+        StoreError: what lies at ``out`` is damaged; it cannot be written, or another process is writing it.
+
+    Example:
+        >>> import torch
+        >>> from explaind_core.testing import record_example
+        >>> run = record_example(steps=3)
+        >>> result = attribute(run, torch.ones(2, 4, dtype=torch.float64), progress=False)
+        >>> dict(result.kernel.sizes), result.layer.values.tolist()
+        ({'step': 3, 'layer': 2, 'test': 2, 'output': 3}, ['0', '2'])
+        >>> closure_error(result) < 1e-12
+        True
+    """
+    if engine != "local":
+        raise QuestionError("there is no such engine", where="engine", expected="'local'", got=engine)
+    question = Question.ask(
+        run,
+        inputs,
+        keep=keep,
+        output=output,
+        steps=steps,
+        gradient_steps=gradient_steps,
+        train=train,
+        layers=layers,
+        test=test,
+        nodes=nodes,
+        tolerance=tolerance,
+        max_nodes=max_nodes,
+        chords=chords,
+        strategy=strategy,
+        memory=memory,
+        unattributed=unattributed,
+        buffers=buffers,
+    )
+    return answer(question, progress=progress, out=out)
+
+
+def answer(question: Question, *, progress: bool = True, out: str | os.PathLike[str] | None = None) -> xr.Dataset:
+    """The answer to a question that was checked (see :func:`attribute`)."""
+    frame = Frame(question)
+    choice = choose(question, frame.outputs)
+    frame.strategy = choice.strategy
+    if out is not None:
+        return _to_zarr(frame, choice, out, progress)
+    return _in_memory(frame, choice, progress)
+
+
+def _in_memory(frame: Frame, choice: Choice, progress: bool) -> xr.Dataset:
+    question = frame.question
+    needed = question.result_bytes(frame.outputs)
+    if needed > question.memory:
+        raise QuestionError(
+            "the result does not fit into the memory budget",
+            where=f"{question.shape(frame.outputs)}",
+            expected=f"at most {readable_size(question.memory)}",
+            got=readable_size(needed),
+            remedy="keep fewer axes, ask for fewer test samples or steps, raise memory=, or write it with out=",
+        )
+    if choice.strategy == "adjoint":
+        parts = [parts for _, parts in _backwards(frame, choice.rows, choice, 0, progress)]
+        return frame.collect(frame.joined(parts))
+    return frame.collect(forwards(frame, 0, progress))
+
+
+def forwards(frame: Frame, first: int, progress: bool) -> Iterator[Contribution]:
+    """The contributions of the windows from ``first`` on, one after the other."""
+    question = frame.question
+    last_values = frame.initial
+    if first:
+        reached = question.windows[first - 1].steps[-1]
+        last_values = finite_values(question, question.run.theta(reached), reached)
+    steps = sum(len(window.steps) for window in question.windows[first:])
+    with counted(steps, "attributing", enabled=progress) as advance:
+        yield from stepwise(
+            question, frame.strategy, frame.outputs, frame.scale, first=first, last_values=last_values,
+            block=appending.BLOCK, advanced=advance,
+        )  # fmt: skip
+
+
+def _backwards(
+    frame: Frame, rows: int, choice: Choice, done: int, progress: bool
+) -> Iterator[tuple[slice, list[Contribution]]]:
+    """The contributions of all windows to one block of test samples after the other, behind the first ``done``."""
+    question = frame.question
+    samples, last = question.function.samples, question.steps[-1]
+    size = rows if question.keeps("test") else samples
+    blocks = [slice(a, min(a + size, samples)) for a in range(done, samples, size)]
+    with counted(last * (1 + len(blocks)), "attributing", enabled=progress) as advance:
+
+        def seen(_: object) -> None:
+            advance(1)
+
+        with Tape(question.run, last, segment=choice.segment, seen=seen) as tape:
+            for block in blocks:
+                adjoint = Adjoint(question, tape, block, frame.outputs, frame.scale, method=choice.method)
+                parts = adjoint.run(advance)
+                if adjoint.dropped:
+                    question.facts["tail_dropped"] = _tails(question, adjoint.dropped)
+                yield block, parts
+
+
+def _tails(question: Question, dropped: Mapping[int, int]) -> str:
+    """Before which steps the states of windows were dropped."""
+    if len(dropped) > 4:  # one by one where steps are kept: that says nothing more
+        spans = [question.windows[w].steps[0] - s for w, s in dropped.items()]
+        return f"below rounding, {min(spans)} to {max(spans)} steps before each of {len(dropped)} windows"
+    return "below rounding before step " + ", ".join(
+        f"{s} (window {question.windows[w].name})" for w, s in sorted(dropped.items())
+    )
+
+
+def _to_zarr(frame: Frame, choice: Choice, path: str | os.PathLike[str], progress: bool) -> xr.Dataset:
+    """Compute block by block, appending each; continue where an interrupted call stopped."""
+    question = frame.question
+    along = "test" if choice.strategy == "adjoint" else "step"
+    axis = along if question.keeps(along) else None
+    total = {"test": question.function.samples, "step": len(question.windows), None: 1}[axis]
+    with ResultWriter(path, frame.fingerprint(), axis, total) as writer:
+        if not writer.finished:
+            labels = frame.coordinates(range(len(question.windows)))
+            if axis is None:
+                blocks = iter([_in_memory(frame, choice, progress)])
+            elif axis == "test":
+                # Blocks as they were begun: products of other sizes round differently.
+                rows = min(choice.rows, writer.chunk or choice.rows)
+                blocks = _test_blocks(frame, rows, choice, writer.done, progress)
+            else:
+                blocks = _step_blocks(frame, writer.done, progress)
+            for block in blocks:
+                writer.append(block, labels)
+        return writer.result()
+
+
+def _test_blocks(frame: Frame, rows: int, choice: Choice, done: int, progress: bool) -> Iterator[xr.Dataset]:
+    for block, parts in _backwards(frame, rows, choice, done, progress):
+        yield frame.collect(parts, block)
+
+
+def _step_blocks(frame: Frame, done: int, progress: bool) -> Iterator[xr.Dataset]:
+    parts = forwards(frame, done, progress)
+    total = len(frame.question.windows)
+    for start in range(done, total, appending.BLOCK):
+        yield frame.collect(next(parts) for _ in range(min(appending.BLOCK, total - start)))
+    for _ in parts:  # lets the progress bar close
+        pass

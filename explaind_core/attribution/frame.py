@@ -1,0 +1,201 @@
+"""The labelled result: windows' contributions as one Dataset that closes as it stands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from explaind_core import trees
+from explaind_core.questions import AXES, GRADIENT_AXES, Contribution, Places, Question, reduced
+
+__all__ = ["Frame"]
+
+#: What is kept of every window, and how windows, or blocks of test samples, are put together.
+_COUNTS = {"nodes": np.sum, "evaluations": np.sum, "converged": np.all, "update_error": np.max, "correction": np.max}
+
+
+class Frame:
+    """The labels of a result, and how contributions become one.
+
+    Args:
+        question: the question. strategy: how it is answered.
+    """
+
+    def __init__(self, question: Question, strategy: str = "") -> None:
+        self.question, self.strategy = question, strategy
+        run, function = question.run, question.function
+        function.stand_at(question.steps[0] - 1)
+        self.initial = function.values(run.theta(question.steps[0] - 1))
+        function.stand_at(question.steps[-1])
+        self.final = function.values(run.theta(question.steps[-1]))
+        self.outputs = self.initial.shape[1]
+        self.terms = question.terms
+        #: What has no axis but step, test and output.
+        self.edges = ("residual", "omitted", *(("statistics",) if function.moves else ()))
+        self.dims = question.keep
+        self.plain_dims = tuple(axis for axis in question.keep if axis not in GRADIENT_AXES)
+        self.edge_dims = tuple(axis for axis in question.keep if axis in AXES[-2:])
+        self.residual_dims = tuple(axis for axis in question.keep if axis in ("step", *AXES[-2:]))
+        self.dtype = np.dtype("float32") if question.value_bytes == 4 else np.dtype("float64")
+
+    @property
+    def scale(self) -> float:
+        """What the quadrature's tolerance is a fraction of: the largest change of what is explained."""
+        change = self.final - self.initial
+        return float((change if self.strategy == "forward" else reduced(change, self.question)).abs().max())
+
+    # ------------------------------------------------------------------ a Dataset
+    def collect(self, parts: Iterable[Contribution], block: slice | None = None) -> xr.Dataset:
+        """One Dataset of some windows, of all test samples or a block of them."""
+        keeps_step = "step" in self.dims
+        rows: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in (*self.terms, *self.edges)}
+        windows: list[int] = []
+        counts: dict[str, list[Any]] = {name: [] for name in _COUNTS}
+        missed = 0
+        for part in parts:
+            residual = part.residual.numpy().copy()
+            for name in self.terms:
+                value = part.terms[name].numpy()
+                stored = value.astype(self.dtype) if keeps_step else value
+                # The residual is taken against the influences as stored, so that the result closes as it stands.
+                dims = self._inner(self.dims if name == "kernel" else self.plain_dims)
+                gone = tuple(i for i, dim in enumerate(dims) if dim not in self.edge_dims)
+                residual += value.sum(gone) - stored.sum(gone, dtype=np.float64)
+                rows[name].append(stored)
+            rows["residual"].append(residual)
+            rows["omitted"].append(part.omitted.numpy())
+            if "statistics" in rows:
+                rows["statistics"].append(part.statistics.numpy())
+            windows.append(part.window)
+            missed += part.missed
+            for name, values in counts.items():
+                values.append(getattr(part, name))
+        variables: dict[str, Any] = {}
+        for name, values in rows.items():
+            dims = self.dims if name == "kernel" else self.plain_dims if name in self.terms else self.residual_dims
+            variables[name] = (dims, np.stack(values) if keeps_step else np.sum(values, axis=0))
+        variables["initial"] = (self.edge_dims, self._edge(self.initial, block))
+        variables["final"] = (self.edge_dims, self._edge(self.final, block))
+        if not self.question.run.closed_by_secant:
+            del counts["correction"]
+        attributes = self.attributes()  # after the parts: facts are found on the way
+        if keeps_step:
+            variables |= {name: ("step", np.array(values)) for name, values in counts.items()}
+        else:
+            attributes |= {
+                "nodes_used": int(np.sum(counts["nodes"])),
+                "nodes_evaluated": int(np.sum(counts["evaluations"])),
+                "steps_not_converged": missed,
+                "update_error": float(np.max(counts["update_error"])),
+            }
+            if "correction" in counts:
+                attributes["correction"] = float(np.max(counts["correction"]))
+        return xr.Dataset(variables, coords=self.coordinates(windows, block), attrs=attributes)
+
+    @staticmethod
+    def _inner(dims: Sequence[str]) -> tuple[str, ...]:
+        return tuple(dim for dim in dims if dim != "step")
+
+    def _edge(self, values: Tensor, block: slice | None) -> np.ndarray[Any, Any]:
+        kept = reduced(values if block is None else values[block], self.question)
+        found: np.ndarray[Any, Any] = kept.reshape(
+            [n for axis, n in zip(AXES[-2:], kept.shape, strict=True) if axis in self.dims]
+        ).numpy()
+        return found
+
+    def joined(self, blocks: Sequence[Sequence[Contribution]]) -> list[Contribution]:
+        """The windows' contributions to several blocks of test samples, as contributions to all of them."""
+        if len(blocks) == 1:
+            return list(blocks[0])
+        inner = {n: self._inner(self.dims if n == "kernel" else self.plain_dims).index("test") for n in self.terms}
+        edge = self._inner(self.residual_dims).index("test")
+        return [
+            Contribution(
+                window=parts[0].window,
+                terms={n: torch.cat([p.terms[n] for p in parts], axis) for n, axis in inner.items()},
+                residual=torch.cat([p.residual for p in parts], edge),
+                omitted=torch.cat([p.omitted for p in parts], edge),
+                statistics=torch.cat([p.statistics for p in parts], edge),
+                nodes=max(p.nodes for p in parts),
+                evaluations=max(p.evaluations for p in parts),
+                converged=all(p.converged for p in parts),
+                update_error=max(p.update_error for p in parts),
+                correction=max(p.correction for p in parts),
+                missed=max(p.missed for p in parts),
+            )
+            for parts in zip(*blocks, strict=True)
+        ]
+
+    # ------------------------------------------------------------------ labels
+    def coordinates(self, windows: Sequence[int], block: slice | None = None) -> dict[str, Any]:
+        """The labels of the kept axes."""
+        question = self.question
+        tests = question.function.rows if block is None else question.function.rows[block]
+        labels: dict[str, Any] = {
+            "step": [question.windows[w].name for w in windows],
+            "gradient_step": list(question.gradient_steps),
+            "layer": [layer.name for layer in question.layers],
+            "test": tests.numpy(),
+            "output": np.arange(self.outputs),
+        }
+        if question.train is not None:
+            labels["train"] = list(question.train.labels)
+        found: dict[str, Any] = {axis: labels[axis] for axis in self.dims if axis != "parameter"}
+        if "parameter" in self.dims:
+            positions, tensors = Places(question).labels()
+            found["parameter"] = positions.numpy()
+            found["tensor"] = ("parameter", tensors.numpy())
+        return found
+
+    def attributes(self) -> dict[str, Any]:
+        """What a reader of the result must know: the question and the conventions."""
+        question = self.question
+        quadrature = question.quadrature
+        found = {
+            "sign": "a contribution is what is added to the output (the negative of the paper's psi)",
+            "closes": "initial + sum(terms) + sum(residual) + sum(omitted) == final",
+            "optimizer": question.run.manifest["optimizer"],
+            "rule": str(question.run.rule) if question.run.inferred else question.run.rule_name,
+            "inferred": int(question.run.inferred),
+            "dtype": str(question.function.dtype),
+            "output": type(question.function.output).__name__,
+            "buffers": "recorded" if question.function.moves else "final",
+            "strategy": self.strategy,
+            "first_step": question.steps[0],
+            "last_step": question.steps[-1],
+            "steps_asked": len(question.steps),
+            "layers_restricted": int(question.rest is not None),
+            "gradients_restricted": int(question.restricts_gradients),
+            "nodes_asked": str(quadrature.nodes),
+            "tolerance": quadrature.tolerance if quadrature.adaptive else float("nan"),
+        }
+        if question.chords > 1:
+            found["chords"] = question.chords
+            found["approximation"] = f"{question.chords} steps share one straight line; exact for their sum only"
+        if question.notes:
+            found["sampled"] = "; ".join(question.notes)
+        if "parameter" in self.dims:
+            found["tensors"] = list(question.run.parameters)
+        return found | question.facts
+
+    def fingerprint(self) -> str:
+        """A hash of everything that the result depends on, by which an interrupted question knows itself again."""
+        question, function = self.question, self.question.function
+        digest = blake2b(
+            json.dumps([self.attributes(), question.steps, self.dims], default=str).encode(), digest_size=16
+        )
+        digest.update(repr([(layer.name, sorted(layer.masks)) for layer in question.layers]).encode())
+        digest.update(repr((question.windows, question.segments, question.gradient_steps, question.train)).encode())
+        digest.update(str(question.quadrature).encode())
+        masks = [m for layer in question.layers for m in layer.masks.values() if m is not None]
+        # initial and final stand for the explained function and for the run's own parameters.
+        for tensor in [*masks, function.rows, *trees.leaves(function.inputs), self.initial, self.final]:
+            digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes())
+        return digest.hexdigest()

@@ -1,0 +1,106 @@
+"""What an attribution would do: strategy, passes, memory and time, without doing it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from explaind_core.attribution.frame import Frame
+from explaind_core.attribution.probe import _Probe, peak_memory
+from explaind_core.questions import Question, readable_size
+from explaind_core.run import Run
+from explaind_core.strategies import choose
+
+__all__ = ["Plan", "plan", "plan_of"]
+
+#: Nodes a step that are guessed where their number is chosen step by step.
+GUESSED_NODES = 2.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an attribution would do.
+
+    Attributes:
+        strategy: see :mod:`explaind_core.strategies.choose`. steps: how many are explained, or chords of them.
+        tangents, nodes: derivatives per node (backward: rows per test sample), nodes per step (adaptive: a guess of 2).
+        chunks: into how many pieces the test samples are cut. passes: walks over the run.
+        gradient_steps: steps whose samples' gradients are needed, 0 where the recorded update is enough.
+        seconds: estimated time, from timing pieces of the work on this machine now.
+        result_bytes: what the result takes. peak_bytes: what is held at most, the result included.
+        fits: whether the result is within the memory budget (what is held besides is cut to fit).
+    """
+
+    strategy: str
+    steps: int
+    tangents: int
+    nodes: float
+    chunks: int
+    passes: int
+    gradient_steps: int
+    seconds: float
+    result_bytes: int
+    peak_bytes: int
+    fits: bool
+
+    def __str__(self) -> str:
+        what = "tangents" if self.strategy == "forward" else "rows per test sample"
+        gradients = f"; gradients of samples at {self.gradient_steps} steps" if self.gradient_steps else ""
+        return (
+            f"{self.strategy} mode: {self.steps} steps x {self.nodes:g} nodes x {self.tangents} {what}, "
+            f"{self.chunks} chunk(s) of test samples, {self.passes} pass(es) over the run{gradients}; about "
+            f"{self.seconds:.0f} s, {readable_size(self.peak_bytes)} at most, of which "
+            f"{readable_size(self.result_bytes)} for the result"
+            + ("" if self.fits else ", MORE than the memory budget")
+        )
+
+
+def plan(run: Run, inputs: Any, **question: Any) -> Plan:
+    """What :func:`explaind_core.attribute` would do with the same arguments, without doing it.
+
+    The first two steps of the run are replayed, and one piece of each kind of work is timed on them; an adaptive
+    question is guessed at 2 nodes a step.
+
+    Raises:
+        QuestionError, LayerError: as ``attribute`` would.
+
+    Example:
+        >>> import torch
+        >>> from explaind_core.testing import record_example
+        >>> plan(record_example(steps=3), torch.zeros(2, 4, dtype=torch.float64), nodes=1).steps
+        3
+    """
+    question.pop("progress", None)
+    question.pop("out", None)
+    return plan_of(Question.ask(run, inputs, **question))
+
+
+def plan_of(asked: Question) -> Plan:
+    """The plan for a question that was checked."""
+    frame = Frame(asked)
+    choice = choose(asked, frame.outputs)
+    nodes = GUESSED_NODES if asked.quadrature.adaptive else float(asked.quadrature.ladder[0])
+    held = peak_memory()
+    probe = _Probe(asked, choice, frame.outputs, nodes)
+    seconds, gradient_steps = probe.seconds()
+    grown = max(0, peak_memory() - held)
+    result = asked.result_bytes(frame.outputs)
+    layers, forward = len(asked.layers), choice.strategy == "forward"
+    return Plan(
+        strategy=choice.strategy,
+        steps=len(asked.segments),
+        tangents=layers * probe.terms() + (asked.rest is not None)
+        if forward
+        else frame.outputs
+        if asked.keeps("output")
+        else 1,
+        nodes=nodes,
+        chunks=len(asked.function.chunks),
+        passes=choice.passes,
+        gradient_steps=gradient_steps,
+        seconds=seconds,
+        result_bytes=result,
+        # A probe that grew the process holds one step's share of the work, and what the model itself needs.
+        peak_bytes=result + choice.base_bytes + max(choice.working_bytes, grown),
+        fits=result <= asked.memory,
+    )

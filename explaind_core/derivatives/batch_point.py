@@ -1,0 +1,212 @@
+"""A micro-batch at a point of training: outputs as functions of the parameters, and what the loss says to them.
+
+The cotangents ``c = d (weight * loss) / d outputs`` are taken of the whole micro-batch, so that a normaliser which
+belongs to it (class weights, tokens that are not padding) is in every sample's share.
+
+Where a layer couples the samples (batch normalisation in training) or draws random numbers (dropout), or where sums are
+rounded coarsely (autocast), outputs are those of the whole micro-batch, passed through the model as it was in training.
+A sample's share is then the gradient of its own loss term, ``(d (o_1, ..., o_n) / d theta)^T (0, ..., c_k, ..., 0)``:
+the shares add up to the gradient all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from explaind_core import trees
+from explaind_core.derivatives.explained_function import differentiable_kernels
+from explaind_core.errors import QuestionError, RecordingError
+from explaind_core.tensors import tolerance
+from explaind_core.training_step import LossFunction, MicroBatch, run_model
+from explaind_core.trees import rebuilt
+
+__all__ = ["BatchPoint"]
+
+
+class BatchPoint:
+    """A micro-batch of n samples at ``theta``. Used within its :meth:`kernels`, or those for forward mode.
+
+    Args:
+        model: the architecture, in the mode that it was trained in.
+        loss: 0-d, or one number per sample (their mean is meant). micro: the micro-batch.
+        state: all parameters and buffers.
+        start: where its samples begin in the batch.
+
+        loss_in_autocast: whether the loss, too, was computed under the autocast that the model ran in.
+
+    Attributes:
+        used: which tensors of the output the loss depends on. cotangents: of these, ``[n, ...]`` each.
+        activation: how many numbers a sample has in the largest output of a module.
+        together: whether samples cannot be passed through the model without the others. coarse: whether under autocast.
+
+    Raises:
+        RecordingError: an output that the loss depends on has no row per sample, or the model draws random numbers and
+            it was not recorded which.
+        QuestionError: the loss returns neither one number nor one per sample.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: LossFunction,
+        micro: MicroBatch,
+        state: Mapping[str, Tensor],
+        start: int,
+        *,
+        loss_in_autocast: bool = True,
+    ) -> None:
+        self.model, self.state, self.start, self.n = model, state, start, len(micro.ids)
+        self.forward = micro.forward
+        self.coarse = self.forward is not None and self.forward.autocast is not None
+        self.together = False  # until something shows that samples are not independent
+        device = next(model.parameters()).device
+        self.inputs, targets = (
+            trees.map_tensors(lambda t: t.detach().to(device), t) for t in (micro.inputs, micro.targets)
+        )
+        with self.kernels():
+            self._see(loss, targets, micro.weight, loss_in_autocast)
+
+    def _see(self, loss: LossFunction, targets: Any, weight: float, loss_in_autocast: bool) -> None:
+        """Pass the batch through the model once: cotangents, and whether its samples are independent."""
+        result = self._run({}, self.inputs)
+        leaves = trees.leaves(result)
+        inexact = [i for i, leaf in enumerate(leaves) if leaf.is_floating_point() or leaf.is_complex()]
+        # Cut from each other: an output may be computed from another one, and would be counted twice.
+        cut = {i: leaves[i].detach().requires_grad_() for i in inexact}
+        with torch.enable_grad(), self.standing() if loss_in_autocast else nullcontext():
+            given = iter([cut[i].clone() if i in cut else leaf for i, leaf in enumerate(leaves)])
+            value = self._one_number(loss(rebuilt(result, given), targets))
+            value = value if weight == 1 else weight * value
+        found: dict[int, Tensor] = {}
+        if cut and value.requires_grad:
+            gradients = torch.autograd.grad(value, list(cut.values()), allow_unused=True)
+            found = {i: g for i, g in zip(cut, gradients, strict=True) if g is not None and bool((g != 0).any())}
+        for i, cotangent in found.items():
+            if cotangent.ndim == 0 or len(cotangent) != self.n or cotangent.is_complex():
+                raise RecordingError(
+                    "the loss depends on an output that does not have one row per sample",
+                    where=f"output tensor {i} of the model, batch of {self.n} samples",
+                    expected=f"real numbers, ({self.n}, ...)",
+                    got=f"{cotangent.dtype}, {tuple(cotangent.shape)}",
+                    remedy="let the model return something per sample, and reduce it in the loss given to open_run",
+                )
+        self.used, self.cotangents = list(found), list(found.values())
+        self.together = self.coarse or not self._independent([leaves[i] for i in self.used])
+        if self.together:
+            self._check_repeatable([leaves[i] for i in self.used])
+        self.activation = self._largest_activation()
+
+    def _one_number(self, value: Tensor) -> Tensor:
+        if value.ndim == 0:
+            return value
+        if value.numel() == self.n:
+            return value.mean()
+        raise QuestionError(
+            "the loss returns neither one number nor one per sample",
+            expected=f"a 0-d tensor, or shape ({self.n},)",
+            got=tuple(value.shape),
+            remedy="sum or average over the other axes",
+        )
+
+    def _independent(self, whole: list[Tensor]) -> bool:
+        """Whether the first sample alone, and some others without it, give what they give in the whole batch."""
+        for rows in (slice(0, 1), slice(1, min(self.n, 16))) if self.n > 1 else ():
+            try:
+                part = self.outputs({}, rows)
+            except (RuntimeError, ValueError):  # batch normalisation of a single sample, a fixed batch size
+                return False
+            for expected, found in zip((t[rows] for t in whole), part, strict=True):
+                if _difference(found, expected) is not None:
+                    return False
+        return True
+
+    def _check_repeatable(self, whole: list[Tensor]) -> None:
+        for expected, found in zip(whole, self.outputs({}, slice(0, self.n)), strict=True):
+            got = _difference(found, expected)
+            if got is not None:
+                raise RecordingError(
+                    "the model's outputs depend on chance, and it was not recorded which random numbers it drew",
+                    where=f"batch of {self.n} samples",
+                    expected="the same outputs when the batch is passed through the model again",
+                    got=got,
+                    remedy="let the model draw from torch's own generators, whose state is recorded before every pass "
+                    "through it; give the Recorder the module that the loop calls (a compiled or wrapped one); or keep "
+                    "only axes other than train",
+                )
+
+    # ------------------------------------------------------------------ the outputs as functions of the parameters
+    def kernels(self) -> AbstractContextManager[None]:
+        """For backward passes: those of training where other ones would round, or draw random numbers, otherwise."""
+        as_trained = self.forward is not None and (self.coarse or bool(self.forward.rng))
+        return differentiable_kernels(forward_mode=not as_trained)
+
+    def standing(self) -> AbstractContextManager[Any]:
+        """The model as it stood in training: modes of its modules, random state, autocast."""
+        return nullcontext() if self.forward is None else self.forward.applied(self.model)
+
+    def _run(self, parameters: Mapping[str, Tensor], inputs: Any) -> Any:
+        state = {**self.state, **parameters}
+        with self.standing():
+            if self.model.training:  # in which mode a model may write to its buffers
+                state |= {n: state[n].clone() for n, _ in self.model.named_buffers() if n in state}
+            return run_model(lambda *a, **k: functional_call(self.model, state, a, k), inputs)
+
+    def _used(self, result: Any) -> tuple[Tensor, ...]:
+        leaves = trees.leaves(result)
+        return tuple(leaves[i] for i in self.used)
+
+    def _per_sample(self, leaf: Tensor) -> bool:
+        return leaf.ndim > 0 and len(leaf) == self.n  # what has no row per sample is the same for all of them
+
+    def outputs(self, parameters: Mapping[str, Tensor], rows: slice | Tensor) -> tuple[Tensor, ...]:
+        """The used outputs of the samples ``rows``, the parameters that are not given held constant.
+
+        Samples that go together are all passed through the model, whichever rows are asked for.
+        """
+        if self.n == (rows.stop - rows.start if isinstance(rows, slice) else -1):
+            return self._used(self._run(parameters, self.inputs))
+        if self.together:
+            return tuple(t[rows] for t in self._used(self._run(parameters, self.inputs)))
+        taken = trees.map_tensors(lambda t: t[rows] if self._per_sample(t) else t, self.inputs)
+        return self._used(self._run(parameters, taken))
+
+    def sample_inputs(self, rows: slice) -> tuple[Tensor, ...]:
+        """What :meth:`sample_outputs` is to be mapped over."""
+        return tuple(t[rows] for t in trees.leaves(self.inputs) if self._per_sample(t))
+
+    def sample_outputs(self, parameters: Mapping[str, Tensor], sample: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The used outputs of one sample, ``[1, ...]`` each."""
+        given = iter(sample)
+        taken = trees.map_tensors(lambda t: next(given).unsqueeze(0) if self._per_sample(t) else t, self.inputs)
+        return self._used(self._run(parameters, taken))
+
+    def _largest_activation(self) -> int:
+        """How many numbers a sample has in the largest output of a module."""
+        sizes = [1]
+        samples = self.n if self.together else 1
+
+        def see(_module: nn.Module, _args: Any, output: Any) -> None:
+            sizes.extend(-(-leaf.numel() // samples) for leaf in trees.leaves(output))
+
+        handles = [module.register_forward_hook(see) for module in self.model.modules()]
+        try:
+            self.outputs({}, slice(0, self.n if self.together else 1))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return max(sizes)
+
+
+def _difference(found: Tensor, expected: Tensor) -> str | None:
+    """How outputs differ that should be the same, in words; None where they do not, but for rounding."""
+    if found.shape != expected.shape:
+        return f"shape {tuple(found.shape)}"
+    difference = torch.where(found == expected, 0, (found - expected).abs()).amax()
+    same = bool(difference <= tolerance(expected.dtype) * expected.abs().amax())
+    return None if same else f"a difference of {difference:.3g}"

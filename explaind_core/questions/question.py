@@ -1,0 +1,263 @@
+"""An attribution question, checked and resolved before any work is done."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from explaind_core import trees
+from explaind_core.decomposition import term_names
+from explaind_core.derivatives import ExplainedFunction, Quadrature, as_output
+from explaind_core.errors import QuestionError
+from explaind_core.questions.layers import Layer, LayerSpec, resolve_layers
+from explaind_core.questions.memory import parse_memory
+from explaind_core.questions.restrictions import (
+    Segment,
+    TrainEntries,
+    Window,
+    drawn,
+    resolve_gradient_steps,
+    resolve_steps,
+    resolve_test,
+    resolve_train,
+    segments_of,
+)
+from explaind_core.run import Run
+
+__all__ = ["AXES", "DEFAULT_AXES", "STRATEGIES", "Question"]
+
+#: The axes of the influence tensor, in the order of a result's dimensions.
+AXES = ("step", "gradient_step", "layer", "parameter", "train", "test", "output")
+#: What is kept where nothing is said.
+DEFAULT_AXES = ("step", "layer", "test", "output")
+#: The axes that only the kernel has: regularization and prehistory are not due to a sample's gradient.
+GRADIENT_AXES = ("gradient_step", "train")
+#: The ways to an answer: see :mod:`explaind_core.attribution.plan`.
+STRATEGIES = ("forward", "reverse", "features", "adjoint")
+
+
+@dataclass(frozen=True)
+class Question:
+    """An attribution, checked and resolved: everything that follows knows only this.
+
+    Attributes:
+        run: the run. windows: the entries of the step axis. segments: the straight lines of the path, in order.
+        gradient_steps: whose gradients count; those up to the last step, all of them unless restricted.
+        train: the entries of the train axis, None where samples need not be told apart.
+        layers, rest: what is kept apart, and what that leaves out.
+        keep: the kept axes in order. quadrature: the nodes. function: what is explained. memory: bytes.
+        strategy: what the caller insists on, None for the planner's choice.
+        chords: steps that share a straight line. carries: whether what no sample explains of a gradient is a term.
+        gram: whether the inner products of the kernel's tensors are wanted, too (features only).
+        notes: what a result must say about how it was asked for; facts: what is found on the way and must be said too.
+    """
+
+    run: Run
+    windows: tuple[Window, ...]
+    segments: tuple[Segment, ...]
+    gradient_steps: tuple[int, ...]
+    train: TrainEntries | None
+    layers: tuple[Layer, ...]
+    rest: Layer | None
+    keep: tuple[str, ...]
+    quadrature: Quadrature
+    function: ExplainedFunction
+    memory: int
+    strategy: str | None = None
+    chords: int = 1
+    carries: bool = False
+    gram: bool = False
+    notes: tuple[str, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def ask(
+        cls,
+        run: Run,
+        inputs: Any,
+        *,
+        keep: Sequence[str] = DEFAULT_AXES,
+        output: Any = None,
+        steps: Any = None,
+        gradient_steps: Any = None,
+        train: Any = None,
+        layers: LayerSpec | None = None,
+        test: Any = None,
+        nodes: int | str = "adaptive",
+        tolerance: float = 1e-3,
+        max_nodes: int = 32,
+        chords: int = 1,
+        strategy: str | None = None,
+        memory: str | int = "4GiB",
+        unattributed: str = "refuse",
+        buffers: str = "recorded",
+        chunk: int = 500,
+    ) -> Question:
+        """Check every argument (see :func:`explaind_core.attribute`) before any work is done."""
+        if run.model is None:
+            raise QuestionError(
+                "the run was opened without its model", where=run.path, remedy="open_run(path, model=model)"
+            )
+        kept = _check_keep(keep)
+        if strategy not in (None, *STRATEGIES):
+            raise QuestionError("there is no such strategy", where="strategy", expected=STRATEGIES, got=strategy)
+        if unattributed not in ("refuse", "carry"):
+            raise QuestionError(
+                "there is no such way with unattributed gradients",
+                where="unattributed",
+                expected=("refuse", "carry"),
+                got=unattributed,
+            )
+        if buffers not in ("recorded", "final"):
+            raise QuestionError(
+                "there are no such buffers", where="buffers", expected=("recorded", "final"), got=buffers
+            )
+        if not isinstance(chords, int) or isinstance(chords, bool) or chords < 1:
+            raise QuestionError("chords is no number of steps", where="chords", expected="an integer >= 1", got=chords)
+        resolved, rest = resolve_layers(layers, run.parameters, run.model)
+        if "layer" not in kept:
+            resolved = (Layer("all", {n: m for layer in resolved for n, m in _merged(resolved, layer).items()}),)
+        windows = resolve_steps(run, steps)
+        segments = segments_of(windows, chords)
+        if chords > 1 and all(len(w.steps) == 1 for w in windows):
+            windows, segments = _joined(windows, chords)
+        if "step" not in kept:  # one window, and so one adjoint state, for all of them
+            windows = (Window("all", tuple(s for window in windows for s in window.steps)),)
+            segments = tuple(Segment(segment.steps, 0) for segment in segments)
+        asked = resolve_gradient_steps(run, gradient_steps, windows[-1].steps[-1])
+        split = "train" in kept or train is not None
+        samples = _samples(inputs)
+        function = ExplainedFunction(
+            run.model, run.buffers(), inputs, as_output(output, run.loss), chunk=chunk,
+            rows=resolve_test(test, samples),
+            buffers_at=run.buffers if buffers == "recorded" and run.moving_buffers else None,
+        )  # fmt: skip
+        if split and run.loss is None:
+            raise QuestionError(
+                "the run's loss is not known, so gradients cannot be split by training sample",
+                where="train",
+                expected="a loss of torch.nn, or one that is given",
+                remedy="say open_run(..., loss=...)",
+            )
+        entries = resolve_train(run, train, asked) if split else None
+        notes = [
+            *drawn("step", steps, len(run.steps)),
+            *drawn("gradient_step", gradient_steps, windows[-1].steps[-1]),
+            *drawn("train", train, 0 if entries is None else entries.scope),
+            *drawn("test", test, samples),
+        ]
+        return cls(
+            run=run,
+            windows=windows,
+            segments=segments,
+            gradient_steps=asked,
+            train=entries,
+            layers=resolved,
+            rest=rest,
+            keep=kept,
+            quadrature=Quadrature(nodes, tolerance, max_nodes),
+            function=function,
+            memory=parse_memory(memory),
+            strategy=strategy,
+            chords=chords,
+            carries=split and (unattributed == "carry" or run.coarse),
+            notes=tuple(notes),
+        )
+
+    # ------------------------------------------------------------------ what it asks for
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The terms of a result: those of the updates, and what no sample explains of gradients, if it is carried."""
+        return (*term_names(self.run), *(("unattributed",) if self.carries else ()))
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """All steps explained, rising."""
+        return tuple(s for window in self.windows for s in window.steps)
+
+    @property
+    def restricts_gradients(self) -> bool:
+        """Whether some gradient steps or training samples are left out of the kernel."""
+        fewer = len(self.gradient_steps) < self.windows[-1].steps[-1]
+        return fewer or (self.train is not None and self.train.restricted)
+
+    @property
+    def splits_gradients(self) -> bool:
+        """Whether the recorded update is not enough: gradients must be told apart by step or sample."""
+        return self.restricts_gradients or any(axis in self.keep for axis in GRADIENT_AXES)
+
+    def keeps(self, axis: str) -> bool:
+        """Whether an axis is kept."""
+        return axis in self.keep
+
+    # ------------------------------------------------------------------ sizes
+    def sizes(self, outputs: int) -> dict[str, int]:
+        """The sizes of all axes, kept or not, for J = ``outputs``."""
+        entries = 1 if self.train is None else len(self.train.labels)
+        sizes = (
+            len(self.windows), len(self.gradient_steps), len(self.layers), self.parameters, entries,
+            self.function.samples, outputs,
+        )  # fmt: skip
+        return dict(zip(AXES, sizes, strict=True))
+
+    def shape(self, outputs: int) -> dict[str, int]:
+        """The sizes of the kept axes."""
+        return {axis: n for axis, n in self.sizes(outputs).items() if axis in self.keep}
+
+    @property
+    def parameters(self) -> int:
+        """How many parameter entries the layers cover."""
+        total = 0
+        for name, info in self.run.parameters.items():
+            masks = [layer.masks[name] for layer in self.layers if name in layer.masks]
+            total += sum(info.shape.numel() if m is None else int(m.sum()) for m in masks)
+        return total
+
+    def result_bytes(self, outputs: int) -> int:
+        """What the finished result takes in memory."""
+        shape = self.shape(outputs)
+        cells = math.prod(shape.values())
+        plain = math.prod(n for axis, n in shape.items() if axis not in GRADIENT_AXES)
+        edges = math.prod(n for axis, n in shape.items() if axis in ("step", "test", "output"))
+        others = len(self.terms) - 1
+        return (cells + others * plain) * self.value_bytes + 2 * 8 * edges
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of one stored influence: the run's own precision where a step is kept, float64 for sums over steps."""
+        return self.function.dtype.itemsize if "step" in self.keep and self.function.dtype == torch.float32 else 8
+
+
+def _merged(layers: Sequence[Layer], layer: Layer) -> dict[str, Any]:
+    """``layer``'s masks, joined with those of other layers on the same parameter."""
+    joined = {}
+    for name, mask in layer.masks.items():
+        masks = [other.masks[name] for other in layers if name in other.masks]
+        joined[name] = None if mask is None else sum(m for m in masks if m is not None)
+    return joined
+
+
+def _joined(windows: Sequence[Window], chords: int) -> tuple[tuple[Window, ...], tuple[Segment, ...]]:
+    """One window per chord, labelled by its last step: what happens inside is not told apart."""
+    joined = segments_of([Window("all", tuple(s for w in windows for s in w.steps))], chords)
+    found = tuple(Window(segment.steps[-1], segment.steps) for segment in joined)
+    return found, tuple(Segment(w.steps, position) for position, w in enumerate(found))
+
+
+def _samples(inputs: Any) -> int:
+    """The number of test samples; whether the inputs are a batch at all is checked where they are used."""
+    return next((len(t) for t in trees.leaves(inputs) if t.ndim), 0)
+
+
+def _check_keep(keep: Sequence[str]) -> tuple[str, ...]:
+    axes = (keep,) if isinstance(keep, str) else tuple(keep)
+    unknown = [axis for axis in axes if axis not in AXES]
+    if unknown:
+        raise QuestionError(f"there is no axis {unknown[0]!r}", where="keep", expected=f"a subset of {AXES}", got=axes)
+    if len(set(axes)) < len(axes):
+        raise QuestionError("an axis is named twice", where="keep", got=axes)
+    return tuple(axis for axis in AXES if axis in axes)

@@ -1,0 +1,38 @@
+"""The explained function after a step: finite, and reduced to the kept axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from explaind_core.errors import NonFiniteError
+from explaind_core.questions.question import Question
+
+__all__ = ["finite_values", "reduced"]
+
+
+def reduced(values: Tensor, question: Question) -> Tensor:
+    """``[n, J]`` summed over the axes that are not kept, which stay with size 1."""
+    for axis, name in enumerate(("test", "output")):
+        if not question.keeps(name):
+            values = values.sum(axis, keepdim=True)
+    return values
+
+
+def finite_values(
+    question: Question, theta: Mapping[str, Tensor], s: int, block: slice | None = None, *, buffers: int | None = None
+) -> Tensor:
+    """The explained function after step s, ``[n, J]``, with the buffers after step ``buffers`` (s by default).
+
+    It is left standing there.
+
+    Raises:
+        NonFiniteError: it is NaN or infinite.
+    """
+    question.function.stand_at(s if buffers is None else buffers)
+    values = question.function.values(theta, block)
+    if not torch.isfinite(values).all():
+        raise NonFiniteError("the explained function is NaN or infinite", where=f"theta after step {s}")
+    return values

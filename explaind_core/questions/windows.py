@@ -1,0 +1,122 @@
+"""What the windows of a question sum up to, whichever strategy computed it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from explaind_core.questions.question import AXES, GRADIENT_AXES, Question
+
+__all__ = ["Contribution", "WindowSum"]
+
+#: The axes of one window's terms.
+INNER = AXES[1:]
+
+
+@dataclass
+class Contribution:
+    """What one window added to the explained function. Arrays are float64 over the kept axes, step left out.
+
+    Attributes:
+        window: its position. terms: term -> influences. residual, omitted, statistics: over (test, output) as far as
+            kept; statistics are what buffers added that moved.
+        nodes, evaluations: of the quadrature, summed over the window's segments. converged: whether all of them met the
+            tolerance, and missed: how many did not. update_error, correction: the largest of its steps (see decompose).
+        gram: ``[L', n, n]``, inner products of the kernel's tensors over steps, parameters and entries, if wanted.
+    """
+
+    window: int
+    terms: Mapping[str, Tensor]
+    residual: Tensor
+    omitted: Tensor
+    statistics: Tensor
+    nodes: int
+    evaluations: int
+    converged: bool
+    update_error: float
+    correction: float
+    missed: int = 0
+    gram: Tensor | None = None
+
+
+@dataclass
+class WindowSum:
+    """Adds up one window, step by step.
+
+    Every array has all inner axes in order, of size 1 where an axis is not kept; ``samples`` is how many test
+    samples it is about, if not all.
+    """
+
+    question: Question
+    window: int
+    outputs: int
+    names: Sequence[str]
+    samples: int | None = None
+    terms: dict[str, Tensor] = field(init=False)
+    change: Tensor = field(init=False)
+    omitted: Tensor = field(init=False)
+    gap: Tensor = field(init=False)
+    statistics: Tensor = field(init=False)
+    nodes: int = 0
+    evaluations: int = 0
+    converged: bool = True
+    update_error: float = 0.0
+    correction: float = 0.0
+    missed: int = 0
+    gram: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        sizes = self.question.sizes(self.outputs)
+        sizes["test"] = self.samples if self.samples is not None else sizes["test"]
+        full = [sizes[axis] if axis in self.question.keep else 1 for axis in INNER]
+        plain = [1 if axis in GRADIENT_AXES else n for axis, n in zip(INNER, full, strict=True)]
+        self.terms = {
+            name: torch.zeros(full if name == "kernel" else plain, dtype=torch.float64) for name in self.names
+        }
+        edge = (full[-2], full[-1])
+        self.change, self.omitted, self.gap, self.statistics = (
+            torch.zeros(edge, dtype=torch.float64) for _ in range(4)
+        )
+
+    def count(self, *, nodes: int, evaluations: int, converged: bool) -> None:
+        """Note what a segment's quadrature took."""
+        self.nodes += nodes
+        self.evaluations += evaluations
+        self.converged &= converged
+        self.missed += not converged
+
+    def note(self, *, update_error: float, correction: float) -> None:
+        """Note how well a step is explained."""
+        self.update_error = max(self.update_error, update_error)
+        self.correction = max(self.correction, correction)
+
+    def finish(self) -> Contribution:
+        """The sum, over the kept axes; what nothing explains is the residual."""
+        total = self.omitted + self.statistics
+        for term in self.terms.values():
+            total += term.sum(tuple(range(term.ndim - 2)))
+        keep = self.question.keep
+        return Contribution(
+            window=self.window,
+            terms={
+                n: _squeezed(t, INNER, keep, gone=() if n == "kernel" else GRADIENT_AXES) for n, t in self.terms.items()
+            },
+            residual=_squeezed(self.change - total, AXES[-2:], keep),
+            omitted=_squeezed(self.omitted + self.gap, AXES[-2:], keep),
+            statistics=_squeezed(self.statistics, AXES[-2:], keep),
+            nodes=self.nodes,
+            evaluations=self.evaluations,
+            converged=self.converged,
+            update_error=self.update_error,
+            correction=self.correction,
+            missed=self.missed,
+            gram=self.gram,
+        )
+
+
+def _squeezed(values: Tensor, axes: Sequence[str], keep: Sequence[str], *, gone: Sequence[str] = ()) -> Tensor:
+    shape = [n for axis, n in zip(axes, values.shape, strict=True) if axis in keep and axis not in gone]
+    return values.reshape(shape)

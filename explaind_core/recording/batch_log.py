@@ -1,0 +1,196 @@
+"""Which samples a step's gradient is of: declared by the loop, checked, and stored once per content."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from xxhash import xxh3_128
+
+from explaind_core import trees
+from explaind_core.data import IndexedDataset
+from explaind_core.errors import QuestionError, RecordingError
+from explaind_core.store import RunStore
+from explaind_core.tensors import copied
+from explaind_core.training_step import ForwardState, content_hash, read_again, row_hashes
+
+__all__ = ["BatchLog"]
+
+
+class BatchLog:
+    """The batches declared since the last step.
+
+    Attributes:
+        entries: one per micro-batch: where its content lies (``key``) and its ``weight``. ids: its sample ids.
+        forwards: how the model stood when it was passed through, None where no pass was seen.
+        contents: inputs and targets, kept where ``keeps`` is set.
+        again: what tells a batch that is not stored, but will be read again: draws and hashes of its samples.
+    """
+
+    def __init__(self, store: RunStore, train_size: int | None, inputs: str | IndexedDataset = "stored") -> None:
+        if not isinstance(inputs, IndexedDataset) and inputs not in ("stored", "reread"):
+            raise QuestionError(
+                "how are inputs kept?",
+                where="Recorder(..., inputs=)",
+                expected="'stored', 'reread', or the IndexedDataset that they will be read again from",
+                got=inputs,
+            )
+        self._store, self._train_size = store, train_size
+        self._stored, self._dataset = inputs == "stored", inputs if isinstance(inputs, IndexedDataset) else None
+        self.again: list[dict[str, Tensor]] = []
+        self._known: set[str] = set()
+        self.entries: list[dict[str, Any]] = []
+        self.ids: list[Tensor] = []
+        self.forwards: list[ForwardState | None] = []
+        self._scales: list[float] = []
+        self.keeps = False
+        self.contents: list[dict[str, Any]] = []
+
+    def clear(self) -> None:
+        """Forget what was declared."""
+        self.entries, self.ids, self.forwards, self._scales, self.contents = [], [], [], [], []
+        self.again = []
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The ids and the random states, as a step file holds them."""
+        found = {f"ids/{index}": ids for index, ids in enumerate(self.ids)}
+        for index, forward in enumerate(self.forwards):
+            found |= {f"rng/{index}/{device}": state for device, state in (forward.rng if forward else {}).items()}
+        for index, again in enumerate(self.again):
+            found |= {f"{name}/{index}": tensor for name, tensor in again.items()}
+        return found
+
+    def headers(self) -> list[dict[str, Any]]:
+        """The entries, with how the model stood, as a step's header holds them."""
+        return [
+            entry if forward is None else {**entry, "forward": forward.header()}
+            for entry, forward in zip(self.entries, self.forwards, strict=True)
+        ]
+
+    def fingerprint(self, before: str) -> str:
+        """A digest over the contents, ids and weights of all batches so far; ``before`` is that of the last step."""
+        digest = xxh3_128(before.encode())
+        for entry, ids in zip(self.entries, self.ids, strict=True):
+            digest.update(f"{entry['key']} {entry['weight']!r} ".encode())
+            digest.update(ids.numpy().tobytes())
+        return str(digest.hexdigest())
+
+    def settle(self, after: ForwardState | None, scale: float | None = None) -> None:
+        """Give every batch its pass, once the gradient is there; ``after`` is the pass behind the last batch.
+
+        A batch is declared behind its pass, or before it. In the second case no pass stands before the first batch and
+        one stands behind each; where neither holds, no pass is known to be of a batch. ``scale`` is what a gradient
+        scaler told the optimizer.
+        """
+        if scale is not None:
+            self._scales = [scale] * len(self._scales)
+        if self.forwards and self.forwards[0] is None:
+            behind = [*self.forwards[1:], after]
+            self.forwards = behind if all(behind) else [None] * len(behind)
+        self.forwards = [
+            None if forward is None else replace(forward, scale=scale)
+            for forward, scale in zip(self.forwards, self._scales, strict=True)
+        ]
+
+    def drop_repeats(self, first: int, step: int) -> None:
+        """Drop the entries from ``first`` on: a closure that is evaluated again declares its batch again.
+
+        Raises:
+            RecordingError: they are not the batch that was declared before.
+        """
+        again = list(zip(self.entries[first:], self.ids[first:], strict=True))
+        before = list(zip(self.entries[:first], self.ids[:first], strict=True))
+        same = len(again) == len(before) and all(
+            e == f and torch.equal(i, j) for (e, i), (f, j) in zip(again, before, strict=True)
+        )
+        if again and not same:
+            raise RecordingError(
+                "the closure declared another batch when it was evaluated again",
+                where=f"step {step}",
+                expected="the same samples at every evaluation within one optimizer.step(closure)",
+                remedy="draw the batch outside the closure",
+            )
+        del self.entries[first:], self.ids[first:], self.forwards[first:], self._scales[first:], self.contents[first:]
+        del self.again[first:]
+
+    def declare(
+        self,
+        inputs: Any,
+        targets: Any,
+        ids: Any,
+        weight: float,
+        step: int,
+        forward: ForwardState | None = None,
+        scale: float = 1.0,
+        draws: Any = None,
+    ) -> None:
+        """Check one micro-batch and store its content; see :meth:`explaind_core.Recorder.batch`."""
+        where = f"batch of step {step}"
+        try:
+            ids = torch.as_tensor(ids).detach().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise RecordingError(
+                "ids must be one integer per sample",
+                where=where,
+                expected="a 1-d sequence of integers",
+                got=f"{type(ids).__name__}: {error}",
+            ) from error
+        if ids.ndim != 1 or ids.dtype.is_floating_point or ids.is_complex() or ids.dtype == torch.bool:
+            raise RecordingError(
+                "ids must be one integer per sample",
+                where=where,
+                expected="a 1-d sequence of integers",
+                got=f"shape {tuple(ids.shape)}, dtype {ids.dtype}",
+            )
+        for name, tree in (("inputs", inputs), ("targets", targets)):
+            for tensor in trees.leaves(tree)[:1]:
+                if tensor.ndim == 0 or len(tensor) != len(ids):
+                    raise RecordingError(
+                        f"ids and {name} do not have the same number of samples",
+                        where=where,
+                        expected=f"{len(tensor) if tensor.ndim else 'a batch axis and its number of'} ids",
+                        got=f"{len(ids)} ids",
+                    )
+        bad = ids[(ids < 0) | (ids >= (self._train_size if self._train_size is not None else math.inf))]
+        if len(bad):
+            raise RecordingError(
+                f"{len(bad)} ids are out of range",
+                where=where,
+                expected="0 <= id" + (f" < {self._train_size} (train_size)" if self._train_size is not None else ""),
+                got=bad[:5].tolist(),
+                remedy="pass the positions of the samples in the training set",
+            )
+        structure, tensors = trees.flatten({"inputs": inputs, "targets": targets}, "the batch")
+        # Copies: inputs and targets may be one tensor, or overlap (an autoencoder, a language model).
+        stored = {key: copied(tensor) for key, tensor in tensors.items()}
+        key, ids = content_hash(structure, stored), copied(ids.to(torch.int64))
+        if not self._stored:
+            self._note(key, ids, trees.unflatten(structure, stored), draws, step)
+        elif key not in self._known and not self._store.batch_path(key).exists():
+            self._store.write_tensors(self._store.batch_path(key), structure, stored)
+        self._known.add(key)
+        self.entries.append({"key": key, "weight": float(weight)} | ({} if self._stored else {"reread": True}))
+        self.ids.append(ids)
+        self.forwards.append(forward)
+        if self.keeps:
+            self.contents.append(trees.unflatten(structure, stored))
+        self._scales.append(float(scale))
+
+    def _note(self, key: str, ids: Tensor, content: Any, draws: Any, step: int) -> None:
+        """Note what tells a batch that is not stored; the first one is read again at once."""
+        if draws is not None:
+            draws = copied(torch.as_tensor(draws).to(torch.int64))
+            if draws.shape != ids.shape:
+                raise RecordingError(
+                    "draws and ids do not have the same number of samples",
+                    where=f"batch of step {step}",
+                    expected=tuple(ids.shape),
+                    got=tuple(draws.shape),
+                )
+        rows = row_hashes(content, len(ids))
+        if self._dataset is not None and not self._known:
+            read_again(self._dataset, ids, draws, key, rows, step=step)
+        self.again.append({"rows": rows} | ({} if draws is None else {"draws": draws}))

@@ -1,0 +1,94 @@
+"""Hooks on a model: how it stands when a batch is passed through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from explaind_core.naming import plain_name
+from explaind_core.training_step import ForwardState, _random_state
+
+__all__ = ["ForwardWatch"]
+
+
+class ForwardWatch:
+    """Watches a model's forward passes and remembers how it stood before the first one.
+
+    Only passes with gradients enabled count: those of an evaluation under ``torch.no_grad()`` are not looked at.
+
+    Args:
+        model: containers that cannot be called (``nn.ModuleList``) are watched through their children.
+        first: called before every first pass that :meth:`take` will tell of.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1)
+        >>> watch = ForwardWatch(model)
+        >>> watch.take() is None
+        True
+        >>> _ = model(torch.zeros(1, 1))
+        >>> watch.take()
+        ForwardState(training=True, exceptions=(), autocast=None, device_type='cpu', rng={}, scale=1.0)
+        >>> watch.close()
+    """
+
+    def __init__(self, model: nn.Module, first: Callable[[], object] = tuple) -> None:
+        self._model, self._first = model, first
+        named = ((plain_name(name), module) for name, module in model.named_modules())
+        self._names = [(name, module) for name, module in named if name]
+        devices = {p.device for p in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
+        self._devices = [torch.device("cpu"), *sorted(devices, key=str)]
+        # Autocast is asked for where the model lies; on the processor for parts of it that lie there.
+        self._types = list(dict.fromkeys(device.type for device in reversed(self._devices)))
+        self._seen: ForwardState | None = None
+        self._watched = _callable(model)
+        self._handles = [module.register_forward_pre_hook(self._before) for module in self._watched]
+
+    def take(self) -> ForwardState | None:
+        """How the model stood before the first pass since the last call; None if there was none.
+
+        A random state is kept only where the generator has been drawn from since: by the model, or by the loss.
+        """
+        seen, self._seen = self._seen, None
+        if seen is None:
+            return None
+        drawn = {name: state for name, state in seen.rng.items() if not torch.equal(state, _random_state(name))}
+        return replace(seen, rng=drawn)
+
+    def close(self) -> None:
+        """Stop watching."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __deepcopy__(self, _memo: Any) -> ForwardWatch:
+        return self  # copies of the model have the hook too, but are not watched
+
+    def __reduce__(self) -> Any:  # a pickled model takes its hooks along
+        return ForwardWatch, (nn.Module(),)
+
+    def _before(self, module: nn.Module, _inputs: Any) -> None:
+        # Inside torch.compile nothing can be looked at; what is compiled from outside calls the hook as usual.
+        if self._seen is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        if not any(module is watched for watched in self._watched):
+            return
+        self._first()
+        training = self._model.training
+        cast = next((kind for kind in self._types if torch.is_autocast_enabled(kind)), None)
+        self._seen = ForwardState(
+            training,
+            tuple(name for name, module in self._names if module.training is not training),
+            None if cast is None else str(torch.get_autocast_dtype(cast)),
+            self._types[0] if cast is None else cast,
+            {str(device): _random_state(device) for device in self._devices},
+        )
+
+
+def _callable(model: nn.Module) -> list[nn.Module]:
+    # Asked of the instance: torch.compile puts the method there.
+    if getattr(model.forward, "__func__", None) is not nn.Module.forward:
+        return [model]
+    return [module for child in model.children() for module in _callable(child)]

@@ -1,0 +1,35 @@
+"""What was seen of one step while it was made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from explaind_core.recording.inner_iterations import Evaluation
+
+if TYPE_CHECKING:
+    pass  # reading is the next stage
+
+__all__ = ["SeenStep"]
+
+
+@dataclass
+class SeenStep:
+    """What was seen of a step.
+
+    Attributes:
+        gradients: as fed. groups: before it. evaluations: closure calls, if it iterates.
+        clips: how the gradients were clipped, in order. stepped: which of several optimizers made it; empty for one.
+        buffers_before: buffers that did not stand where the last step left them when the model was called.
+        again: what else is needed to compute the gradients again, as JSON.
+    """
+
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    clips: list[list[Any]] = field(default_factory=list)
+    buffers_before: dict[str, Tensor] = field(default_factory=dict)
+    again: dict[str, Any] = field(default_factory=dict)
+    stepped: list[int] = field(default_factory=list)

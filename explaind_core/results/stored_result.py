@@ -1,0 +1,266 @@
+"""A result on disk: a zarr folder whose every file is checked.
+
+::
+
+    zarr.json               how far it is, the attributes, all arrays' metadata, checksums of their files, and its own
+    kernel/zarr.json        one folder an array, at its final shape from the beginning
+    kernel/c/0/0/0/0        chunks, each with a CRC-32C behind it; none that was counted is ever missing
+
+``zarr.json`` is replaced after each block, and only then does the block count: whatever moment a kill picks, there is a
+result that is whole up to some block. Any zarr reader can read it; ``xarray.open_zarr(path)`` does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import product
+from typing import Any
+
+import numpy as np
+import xarray as xr
+import zarr
+
+from explaind_core.errors import StoreError
+from explaind_core.results.location import PARTIAL, Place
+
+__all__ = [
+    "FORMAT",
+    "RECORD",
+    "VERSION",
+    "ForeignError",
+    "Record",
+    "check_files",
+    "checksum",
+    "open_result",
+    "read_record",
+    "stored_result",
+]
+
+FORMAT, VERSION = "explaind-result", 1
+#: The attribute that tells how far a result is.
+RECORD = "explaind"
+_GROUP = "zarr.json"
+_UNSIGNED = "0" * 32
+_AGAIN = "copy it again from where it was computed; or delete it, and ask the question again"
+
+
+class ForeignError(StoreError):
+    """Something else than a result."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What ``zarr.json`` tells.
+
+    Attributes:
+        question: the fingerprint of what was asked. axis: along which blocks are written, None where it is one block.
+        done, total: entries of it. files: the arrays' metadata files and their checksums.
+        attributes: the result's own. arrays: name -> metadata.
+    """
+
+    question: str
+    axis: str | None
+    done: int
+    total: int
+    files: Mapping[str, str]
+    attributes: Mapping[str, Any]
+    arrays: Mapping[str, Any]
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to compute."""
+        return self.done >= self.total
+
+    def encoded(self, created_with: str) -> bytes:
+        """The content of ``zarr.json``."""
+        record = {
+            "format": FORMAT, "version": VERSION, "checksum": _UNSIGNED, "created_with": created_with,
+            "question": self.question, "axis": self.axis, "done": self.done, "total": self.total, "files": self.files,
+        }  # fmt: skip
+        document = {
+            "zarr_format": 3,
+            "node_type": "group",
+            "attributes": {RECORD: record, **self.attributes},  # the checksum comes before anything of a user's
+            "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": self.arrays},
+        }
+        text = json.dumps(document, indent=1, default=_plain)
+        return text.replace(_UNSIGNED, checksum(text.encode()), 1).encode()
+
+
+def checksum(content: bytes) -> str:
+    """Of a metadata file."""
+    return blake2b(content, digest_size=16).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"a result's attributes cannot hold a {type(value).__name__}")
+
+
+# ---------------------------------------------------------------------- reading
+def open_result(path: str | os.PathLike[str], *, unfinished: bool = False, check: bool = True) -> xr.Dataset:
+    """Open what ``attribute(..., out=path)`` wrote, lazily, after checking every file of it.
+
+    Args:
+        path: the zarr folder, or an address that fsspec knows.
+        unfinished: open the finished part of an interrupted result.
+        check: read every chunk once to compare its checksum. Without, only metadata are checked and that all chunks are
+            there; a damaged one is found when it is read.
+
+    Raises:
+        StoreError: there is no result, it is damaged (the file is named) or unfinished.
+
+    Example:
+        >>> import tempfile, torch
+        >>> import explaind_core as explaind
+        >>> from explaind_core.testing import record_example
+        >>> folder, inputs = tempfile.TemporaryDirectory(), torch.ones(2, 4, dtype=torch.float64)
+        >>> path = f"{folder.name}/result.zarr"
+        >>> written = explaind.attribute(record_example(steps=2), inputs, out=path, progress=False)
+        >>> explaind.open_result(path).identical(written)
+        True
+        >>> folder.cleanup()
+    """
+    place = Place(path)
+    record = read_record(place)
+    if record is None:
+        raise StoreError(
+            "there is no result here",
+            where=place,
+            expected="what was passed as out= to explaind.attribute",
+            got="an empty folder" if place.folder is not None and place.folder.exists() else "nothing",
+        )
+    if not record.finished and not (unfinished and record.done):
+        what = f"{record.axis} entries" if record.axis else "blocks"
+        raise StoreError(
+            "the result is unfinished",
+            where=place,
+            expected=f"{record.total} {what}",
+            got=f"{record.done}",
+            remedy="ask the same question with the same out= to finish it"
+            + ("; or open the finished part with open_result(..., unfinished=True)" if record.done else ""),
+        )
+    check_files(place, record, contents=check)
+    return stored_result(place, record)
+
+
+def stored_result(place: Place, record: Record) -> xr.Dataset:
+    """The finished part of a result, read lazily."""
+    stored: xr.Dataset = xr.open_zarr(place.store(read_only=True), consolidated=True, zarr_format=3, chunks=None)
+    stored = stored.drop_encoding()  # how it lies here is no advice on how to write it elsewhere
+    stored.attrs = {name: value for name, value in stored.attrs.items() if name != RECORD}
+    texts = {name: c for name, c in stored.coords.items() if c.dtype.kind in "TO"}
+    stored = stored.assign_coords({name: (c.dims, np.array(c.values.tolist(), "U")) for name, c in texts.items()})
+    if record.axis is not None and not record.finished:
+        stored = stored.isel({record.axis: slice(0, record.done)})
+    return stored
+
+
+def read_record(place: Place) -> Record | None:
+    """How far the result at ``place`` is; None where there is nothing.
+
+    Raises:
+        StoreError: there is something else, or ``zarr.json`` is damaged.
+    """
+    where = place.where(_GROUP)
+    try:
+        raw = place.read(_GROUP)
+    except FileNotFoundError:
+        # The first thing that is written is zarr.json, so a kill before that leaves nothing but a part of it.
+        found = [name for name in place.entries() if not name.endswith(PARTIAL)]
+        if found:
+            raise ForeignError(
+                "this is no result of explaind",
+                where=place,
+                expected="a folder with a zarr.json, written by explaind.attribute(..., out=)",
+                got=_what_else(found),
+                remedy="explaind.open_run opens a recorded run" if "manifest.json" in found else _remedy(found),
+            ) from None
+        return None
+    except OSError as error:
+        raise StoreError(f"this is no result of explaind: {error.strerror or error}", where=where) from error
+    try:
+        document = json.loads(raw)
+    except ValueError as error:
+        raise StoreError(f"the result's metadata are damaged: {error}", where=where, remedy=_AGAIN) from error
+    try:
+        attributes = document["attributes"]
+        record = attributes.pop(RECORD)
+        if record["format"] != FORMAT:
+            raise LookupError(record["format"])
+        signed = record["checksum"].encode()
+    except (LookupError, TypeError, AttributeError):
+        raise ForeignError(
+            "this is no result of explaind",
+            where=where,
+            expected="a zarr folder that explaind.attribute(..., out=) wrote",
+            got="a zarr folder of something else, or damaged metadata",
+            remedy=f"xarray.open_zarr reads what others wrote; what explaind wrote: {_AGAIN}",
+        ) from None
+    # One character of the checksum may be what is damaged, so it must stand for itself, too.
+    if len(signed) != len(_UNSIGNED) or checksum(raw.replace(signed, _UNSIGNED.encode(), 1)).encode() != signed:
+        raise StoreError("the result's metadata are damaged: the checksum differs", where=where, remedy=_AGAIN)
+    if record["version"] != VERSION:
+        raise StoreError(
+            "the result has another version", where=where, expected=f"version {VERSION}",
+            got=f"version {record['version']}, written by explaind-core {record['created_with']}",
+            remedy="open it with that release, or ask the question again",
+        )  # fmt: skip
+    arrays = document["consolidated_metadata"]["metadata"]
+    names = ("question", "axis", "done", "total", "files")
+    return Record(**{name: record[name] for name in names}, attributes=attributes, arrays=arrays)
+
+
+def _what_else(found: list[str]) -> str:
+    return "a recorded run" if "manifest.json" in found else "a zarr folder of format 2" if ".zgroup" in found else (
+        ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+    )  # fmt: skip
+
+
+def _remedy(found: list[str]) -> str:
+    return "xarray.open_zarr reads it" if ".zgroup" in found else "give the path that was passed as out="
+
+
+def check_files(place: Place, record: Record, *, contents: bool) -> None:
+    """Check all files that count.
+
+    Raises:
+        StoreError: one is missing or damaged.
+    """
+    for key, expected in record.files.items():
+        try:
+            found = checksum(place.read(key))
+        except OSError as error:
+            raise _damaged(place, key, f"is missing or cannot be read: {error.strerror or 'not found'}") from error
+        if found != expected:
+            raise _damaged(place, key, "is damaged: the checksum differs")
+    group = zarr.open_group(place.store(read_only=True), mode="r", zarr_format=3, use_consolidated=True)
+    for name, metadata in record.arrays.items():
+        array: Any = group[name]
+        for index in _counted_chunks(record, metadata):
+            key = "/".join([name, "c", *map(str, index)])
+            if not place.exists(key):
+                raise _damaged(place, key, "is missing")  # zarr would read it as if it were full of one number
+            if contents:
+                try:
+                    array.blocks[index] if index else array[...]
+                except Exception as error:  # whatever a codec says of bytes that are not its own
+                    raise _damaged(place, key, f"is damaged: {error}") from error
+
+
+def _counted_chunks(record: Record, metadata: Mapping[str, Any]) -> Iterator[tuple[int, ...]]:
+    """The chunks that hold something of the finished part."""
+    sizes = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    dims = metadata.get("dimension_names", ())  # left out where there are none
+    # Labels are one chunk along the axis, written with the first block.
+    lengths = [min(n, record.done) if d == record.axis else n for d, n in zip(dims, metadata["shape"], strict=True)]
+    return product(*(range(-(-n // size)) for n, size in zip(lengths, sizes, strict=True)))
+
+
+def _damaged(place: Place, key: str, how: str) -> StoreError:
+    return StoreError(f"a file of the result {how}", where=place.where(key), remedy=_AGAIN)

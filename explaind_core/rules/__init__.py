@@ -1,0 +1,50 @@
+"""What a plugin declares, and how it is found: the rule, its coefficients, its operators.
+
+It may import errors, naming, tensors and trees; it knows no optimizer, no run and no model.
+"""
+
+from __future__ import annotations
+
+from explaind_core.rules.filters import FilterState, LinearFilter
+from explaind_core.rules.hookspecs import hookimpl
+from explaind_core.rules.inferred import DECAYS, InferredRule, fitted_by
+from explaind_core.rules.joint import JOINED_BY, OWNER, JointRule, check_joinable, each_optimizer, each_rule, joined
+from explaind_core.rules.operators import LinearOperator, OfReadout, apply_each, as_operator, is_elementwise
+from explaind_core.rules.registry import RegisteredRule, Registry, default_registry
+from explaind_core.rules.rule import OptimizerState, RecordedStep, StepCoefficients, UpdateRule
+from explaind_core.rules.secant import closed
+from explaind_core.rules.trials import PRESENCE, SHAPES, MakeOptimizer, Shapes, Trials
+
+__all__ = [
+    "DECAYS",
+    "JOINED_BY",
+    "OWNER",
+    "PRESENCE",
+    "SHAPES",
+    "FilterState",
+    "InferredRule",
+    "JointRule",
+    "LinearFilter",
+    "LinearOperator",
+    "MakeOptimizer",
+    "OfReadout",
+    "OptimizerState",
+    "RecordedStep",
+    "RegisteredRule",
+    "Registry",
+    "Shapes",
+    "StepCoefficients",
+    "Trials",
+    "UpdateRule",
+    "apply_each",
+    "as_operator",
+    "check_joinable",
+    "closed",
+    "default_registry",
+    "each_optimizer",
+    "each_rule",
+    "fitted_by",
+    "hookimpl",
+    "is_elementwise",
+    "joined",
+]

@@ -1,0 +1,261 @@
+"""Replays the optimizer, or several, on the recorded gradients: its states before and after every step.
+
+The store keeps gradients and parameters, not the optimizer's states. The real optimizer, fed with the
+recorded parameters and gradients, passes through the same states again, and what it makes of the
+parameters checks the recording.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from explaind_core import trees
+from explaind_core.errors import StoreError
+from explaind_core.rules import OWNER, RegisteredRule
+from explaind_core.run.explanation import ExplainedSteps
+from explaind_core.training_step import rebuild_optimizer
+
+__all__ = ["Replay", "ReplayedStep"]
+
+State = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ReplayedStep:
+    """One step, replayed. Tensors have the run's own dtypes.
+
+    Attributes:
+        step: s. theta_before, theta: the recorded theta_{s-1} and theta_s, at the run's ``point``.
+        gradients: as fed. hyper, hyper_after: parameter name -> hyper-parameters of its group, before and after.
+        before, after: parameter name -> the optimizer's state of it.
+        drift: largest ``|replayed theta_s - recorded theta_s|``: 0 on the machine that trained, as a rule.
+        gradient_point: where the gradients were taken, if that is not theta_before.
+    """
+
+    step: int
+    theta_before: dict[str, Tensor]
+    theta: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    hyper: dict[str, dict[str, Any]]
+    before: State
+    after: State
+    drift: float
+    hyper_after: dict[str, dict[str, Any]] = field(default_factory=dict)
+    gradient_point: dict[str, Tensor] | None = None
+
+
+class Replay:
+    """The optimizer of a run, or its optimizers, rebuilt to be replayed.
+
+    Attributes:
+        run: the run. optimizers: in the order in which they were given to the Recorder; one, for most runs.
+
+    Raises:
+        StoreError: its class is not known here, or cannot be built from the recorded hyper-parameters.
+        RuleNotFoundError: the rule that the run was recorded with is not registered.
+    """
+
+    def __init__(self, run: ExplainedSteps, parameters: Mapping[str, nn.Parameter] | None = None) -> None:
+        self.run = run
+        start = run.theta(0)
+        # A run that is computed again gives the parameters of a model.
+        self._parameters = dict(parameters or {name: nn.Parameter(start[name].clone()) for name in run.parameters})
+        self.optimizers = self._build()
+        self._built_with = [[set(group) for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self._unclaimed: State = {}
+        self.load(run.optimizer_state(0))
+
+    # ------------------------------------------------------------------ building
+    def _build(self) -> list[torch.optim.Optimizer]:
+        if not self.run.steps:
+            raise StoreError("the run has no finished step", where=self.run.path, remedy="train at least one step")
+        makers, built = self.run.optimizer_makers, []
+        for member, described in enumerate(self.run.optimizers):
+            groups = [
+                {**group, "params": [self._parameters[n] for n in group["params"]]}
+                for group in self._groups_of(member, self.run.groups(1))
+            ]
+            make = makers[member]
+            if make is not None:
+                built.append(make(groups))
+            else:
+                kind = self.run.optimizer_class(described["optimizer"])
+                built.append(rebuild_optimizer(kind, groups, where=self.run.path))
+        return built
+
+    def _groups_of(self, member: int, groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The recorded groups of one of the optimizers, as that one has them."""
+        if len(self.run.optimizers) == 1:
+            return [dict(group) for group in groups]
+        return [{k: v for k, v in group.items() if k != OWNER} for group in groups if group[OWNER] == member]
+
+    def load(self, state: State) -> None:
+        """Put the optimizers into a state by parameter name; the tensors are copied."""
+        for optimizer, built_with in zip(self.optimizers, self._built_with, strict=True):
+            optimizer.state.clear()
+            # Counters that its first step makes in its groups are not among what was recorded before that step.
+            for group, known in zip(optimizer.param_groups, built_with, strict=False):
+                for counter in set(group) - known:
+                    del group[counter]
+        self._unclaimed = {name: trees.map_tensors(torch.clone, entries) for name, entries in state.items()}
+        self._claim()
+
+    def _claim(self) -> None:
+        """Give states to the optimizers that train their parameters; groups that joined later may be missing yet."""
+        for optimizer in self.optimizers:
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            for name in list(self._unclaimed):
+                if len(self.optimizers) == 1 or id(self._parameters[name]) in held:
+                    optimizer.state[self._parameters[name]] = self._unclaimed.pop(name)
+
+    def rule(self) -> RegisteredRule:
+        """The rule that explains these optimizers, see :meth:`ExplainedSteps.rule_for`."""
+        return self.run.rule_for(self.optimizers)
+
+    # ------------------------------------------------------------------ replaying
+    def state(self) -> State:
+        """A copy of the optimizers' state, by parameter name."""
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        held = {
+            names[id(p)]: entries
+            for optimizer in self.optimizers
+            for p, entries in optimizer.state.items()
+            if id(p) in names
+        }
+        return {
+            name: trees.map_tensors(lambda t: t.detach().clone(), dict(entries))
+            for name, entries in (held | self._unclaimed).items()
+        }
+
+    def steps(self, *, until: int | None = None, start: int = 0) -> Iterator[ReplayedStep]:
+        """Replay from step ``start + 1`` (whose state must have been loaded; 0 is the run's start) to ``until``."""
+        before_theta, trained = self.run.theta(start), self.run.theta(start, point="gradient")
+        before_state = self.state()
+        elsewhere = self.run.point != "gradient"
+        for s in range(start + 1, (len(self.run.steps) if until is None else until) + 1):
+            trained_before, trained = trained, self.run.theta(s, point="gradient")
+            theta = self.run.theta(s) if elsewhere else trained
+            gradients = self.run.gradients(s)
+            self._set_groups(self.run.groups(s))
+            with torch.no_grad():
+                for name, parameter in self._parameters.items():
+                    parameter.copy_(trained_before[name])
+            self._step(gradients, self.run.closure_calls(s), self.run.outside(s), self.run.stepped(s))
+            after_state = self.state()
+            drift = max(
+                (float((p.detach() - trained[n]).abs().max()) for n, p in self._parameters.items() if p.numel()),
+                default=0.0,
+            )
+            yield ReplayedStep(
+                s,
+                before_theta,
+                theta,
+                gradients,
+                _by_parameter(self.run.hyper(s)),
+                before_state,
+                after_state,
+                drift,
+                self._groups(),
+                trained_before if elsewhere else None,
+            )
+            before_theta, before_state = theta, after_state
+
+    def step_again(
+        self,
+        groups: tuple[dict[str, Any], ...],
+        gradients: dict[str, Tensor],
+        outside: Mapping[str, Mapping[str, Tensor]],
+    ) -> None:
+        """Make the optimizer's next step, from where the parameters and its state stand."""
+        self._set_groups(groups)
+        self._step(gradients, (), outside, (0,))
+
+    def _step(
+        self,
+        gradients: dict[str, Tensor],
+        calls: Sequence[tuple[float, dict[str, Tensor]]],
+        outside: Mapping[str, Mapping[str, Tensor]],
+        stepped: Sequence[int],
+    ) -> None:
+        def feed(fed: dict[str, Tensor]) -> None:
+            for name, parameter in self._parameters.items():
+                parameter.grad = fed[name].clone() if name in fed else None
+
+        if not calls:
+            feed(gradients)
+            for member in stepped:
+                optimizer = self.optimizers[member]
+                if self.run.manifest.get("outside"):
+                    given: dict[Tensor, Mapping[str, Tensor]] = {self._parameters[n]: e for n, e in outside.items()}
+                    self.rule().rule.replay_step(optimizer, given)
+                else:
+                    optimizer.step()
+            return
+        coming = iter(calls)
+
+        def closure() -> float:
+            loss, fed = next(coming)
+            feed(fed)
+            return loss
+
+        try:
+            self.optimizers[0].step(closure)
+        except StopIteration:
+            raise StoreError(
+                "replayed, the optimizer evaluates its closure more often than it did in training",
+                where=f"{self.run.path}, {len(calls)} calls recorded",
+                remedy="replay with the versions of torch and of the optimizer that trained",
+            ) from None
+
+    def _groups(self) -> dict[str, dict[str, Any]]:
+        """Parameter name -> its group's hyper-parameters as they stand; one-element tensors as numbers."""
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        groups = []
+        for member, optimizer in enumerate(self.optimizers):
+            owner = {OWNER: member} if len(self.optimizers) > 1 else {}
+            for group in optimizer.param_groups:
+                plain = trees.map_tensors(_number, {k: v for k, v in group.items() if k != "params"})
+                groups.append({**plain, **owner, "params": [names[id(p)] for p in group["params"]]})
+        return _by_parameter(groups)
+
+    def _set_groups(self, groups: tuple[dict[str, Any], ...]) -> None:
+        for member, optimizer in enumerate(self.optimizers):
+            for index, group in enumerate(self._groups_of(member, groups)):
+                values = {**group, "params": [self._parameters[n] for n in group["params"]]}
+                if index < len(optimizer.param_groups):
+                    optimizer.param_groups[index].update(values)
+                else:
+                    optimizer.add_param_group(values)
+        self._claim()
+
+    def state_after(self, s: int) -> State:
+        """The optimizer's state after step s, replayed from the nearest snapshot before it."""
+        # The last step is made in any case: only the optimizer itself knows what it leaves in its groups.
+        start = max(k for k in self.run.snapshots() if k < s or k == 0)
+        self.load(self.run.optimizer_state(start))
+        for _ in self.steps(start=start, until=s):
+            pass
+        return self.state()
+
+    def counters(self) -> list[list[dict[str, Any]]]:
+        """What each optimizer keeps in its groups beside its constructor's options: counters, estimates."""
+        found = []
+        for optimizer in self.optimizers:
+            options = inspect.signature(type(optimizer)).parameters
+            known = {*options, "params", "param_names", "initial_lr"}
+            found.append([{k: v for k, v in group.items() if k not in known} for group in optimizer.param_groups])
+        return found
+
+
+def _number(tensor: Tensor) -> Any:
+    return tensor.item() if tensor.numel() == 1 else tensor
+
+
+def _by_parameter(groups: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: {k: v for k, v in group.items() if k != "params"} for group in groups for name in group["params"]}

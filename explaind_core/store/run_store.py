@@ -1,0 +1,293 @@
+"""The run on disk: append-only, versioned, checked at every read, without pickle.
+
+::
+
+    manifest.json               format, version, parameters, buffers, optimizer, rule, loss
+    start.safetensors           theta_0, buffers, frozen parameters, the optimizer's state before step 1; the manifest
+    steps/000/000001.safetensors    one file a step: theta_s, the gradient as fed, changed buffers;
+                                its header holds hyper-parameters, batch references, factors
+    snapshots/000100.safetensors    the optimizer's state after step 100
+    batches/<hash>.safetensors  inputs and targets, stored once per distinct batch
+    metrics.jsonl               what the loop logged, a line an entry
+    closed.json                 written when recording ends in order
+
+Every file is written beside its place and renamed into it, so a reader never sees half a file, and a
+killed training leaves every finished step readable. Every file says which file of which run it is and carries
+checksums of all that it holds (:mod:`explaind_core.store.tensor_file`, :mod:`explaind_core.store.sealed_json`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from explaind_core.errors import StoreError
+from explaind_core.store.json_schema import COUNT, MANIFEST, mismatch
+from explaind_core.store.locations import UNFINISHED, is_local, look_again, remove
+from explaind_core.store.store_files import MANIFEST_NAME, VERSION, StoredFile, StoreFiles
+from explaind_core.store.tensor_file import Contents
+from explaind_core.store.writing_lock import LOCK_NAME, WritingLock
+
+__all__ = ["FORMAT", "VERSION", "RunStore", "StoredFile"]
+
+FORMAT = "explaind-run"
+#: Versions that are read; only the newest is written.
+READABLE = (1, 2)
+CLOSED_NAME = "closed.json"
+LOG_NAME = "metrics.jsonl"
+_HASH = "[0-9a-f]{32}"
+
+
+class RunStore(StoreFiles):
+    """Reads and writes the files of one run; knows their layout and nothing of their meaning.
+
+    Args:
+        path: the run's folder, or an address that fsspec knows.
+        compress: pack tensors with blosc where that makes them shorter; what is read says itself how it is packed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, compress: bool = True) -> None:
+        super().__init__(path, compress=compress)
+        self._lock: WritingLock | None = None
+        #: How many steps this object wrote, and their bytes.
+        self.steps_written = (0, 0)
+
+    # ------------------------------------------------------------------ layout
+    def step_path(self, s: int) -> Path:
+        """Where step s lies; a folder holds at most 1,000 steps."""
+        return self.path / "steps" / f"{s // 1000:03d}" / f"{s:06d}.safetensors"
+
+    def snapshot_path(self, s: int) -> Path:
+        """Where the optimizer's state after step s lies, if it was kept."""
+        return self.path / "snapshots" / f"{s:06d}.safetensors"
+
+    def batch_path(self, key: str) -> Path:
+        """Where the batch with this content hash lies.
+
+        Raises:
+            StoreError: it is no hash, and might lead out of the store.
+        """
+        if not re.fullmatch(_HASH, key):
+            raise StoreError(
+                "a batch is named by something that is no content hash",
+                where=self.path,
+                expected="32 hexadecimal digits",
+                got=repr(key[:100]),
+                remedy="do not use this store: it was not written by explaind",
+            )
+        return self.path / "batches" / f"{key}.safetensors"
+
+    @property
+    def start_path(self) -> Path:
+        """Where theta_0 and the state before step 1 lie."""
+        return self.path / "start.safetensors"
+
+    def write_tensors(self, path: Path, header: Any, tensors: Mapping[str, Tensor]) -> int:
+        """Write one file, whole or not at all; returns its size in bytes (errors as in the base)."""
+        size = super().write_tensors(path, header, tensors)
+        if self._is_step(path):
+            self.steps_written = self.steps_written[0] + 1, self.steps_written[1] + size
+        return size
+
+    def _is_step(self, path: Path) -> bool:
+        # The name is compared with the layout: whatever else lies in these folders is passed over.
+        return path.stem.isdecimal() and path == self.step_path(int(path.stem))
+
+    def _remedy(self, path: Path) -> str:
+        """What to do about a file that is damaged or missing."""
+        remedy = super()._remedy(path)
+        before = f"; open_run(..., until={int(path.stem) - 1}) opens the steps before it" if self._is_step(path) else ""
+        return f"{remedy}{before}; open_run(..., damaged=True) opens all that is intact"
+
+    def is_unbegun(self) -> bool:
+        """Whether nothing is here but what a kill left of a recording that had not begun: files before the manifest."""
+        if not self.path.exists():
+            return True
+        known = {LOCK_NAME, self.start_path.name}
+        known |= {f"{name}{UNFINISHED}" for name in (self.start_path.name, MANIFEST_NAME)}
+        return self.path.is_dir() and all(path.is_file() and path.name in known for path in self.path.iterdir())
+
+    def lock(self) -> None:
+        """Become the only writer of this run, until :meth:`unlock`; elsewhere than on this machine nobody can tell.
+
+        Raises:
+            StoreError: another one is, or the folder cannot be written.
+        """
+        if is_local(self.path):
+            self._lock = WritingLock(self.path)
+
+    def unlock(self) -> None:
+        """Let others write the run."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def delete(self) -> None:
+        """Delete the run, by whoever holds its lock, which is kept."""
+        for path in self.path.iterdir():
+            if path.name != LOCK_NAME:
+                remove(path)
+
+    # ------------------------------------------------------------------ manifest
+    def read_manifest(self, *, damaged: bool = False) -> dict[str, Any]:
+        """Read and check the manifest.
+
+        Args:
+            damaged: where it is damaged or missing, take the copy that the start of the run holds.
+
+        Raises:
+            StoreError: there is no run here, it was written by another version of the format, or it is damaged.
+        """
+        try:
+            manifest = self.read_json(MANIFEST_NAME)
+        except StoreError:
+            if not damaged:
+                raise
+            manifest = None
+        if damaged:
+            manifest = self._likelier(manifest, self._spare_manifest())
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise StoreError(
+                "this is not a recorded run",
+                where=self.path / MANIFEST_NAME if manifest is not None else self.path,
+                expected=f"a folder with a manifest.json of format {FORMAT!r}",
+                got="no manifest.json" if manifest is None else f"format {manifest.get('format')!r}",
+                remedy="give the path that was passed to explaind.Recorder",
+            )
+        version = manifest.get("version")
+        if version not in READABLE:
+            raise StoreError(
+                "the run store has another version",
+                where=self.path / MANIFEST_NAME,
+                expected=f"a version of {READABLE}",
+                got=f"version {version}, written by explaind-core {manifest.get('created_with')}",
+                remedy="open it with that release of explaind-core, or a later one",
+            )
+        words = mismatch(manifest, MANIFEST if version == 1 else {**MANIFEST, "run": str})
+        if words:
+            raise StoreError(
+                f"the manifest is not as it must be: {words}",
+                where=self.path / MANIFEST_NAME,
+                remedy="do not use this store: it was not written by explaind",
+            )
+        self._identity = manifest.get("run", ""), manifest["version"]
+        return manifest
+
+    def _spare_manifest(self) -> dict[str, Any] | None:
+        """The manifest that the start of the run holds."""
+        found = self._of_any_run(self.start_path)
+        spare = found.header.get("manifest") if found is not None and isinstance(found.header, dict) else None
+        return spare if isinstance(spare, dict) else None
+
+    def _likelier(self, manifest: dict[str, Any] | None, spare: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Of two manifests the one whose run the steps belong to: one of the two files may be another run's."""
+        if manifest is None or spare is None or manifest.get("run") == spare.get("run"):
+            return manifest or spare
+        first = [self._of_any_run(self.step_path(s)) for s in self.found_steps()[:3]]
+        votes = [[found.run for found in first if found].count(m.get("run")) for m in (manifest, spare)]
+        return spare if votes[1] > votes[0] else manifest
+
+    def _of_any_run(self, path: Path) -> Contents | None:
+        """What a file says of itself, whichever run it belongs to; None where it is damaged."""
+        try:
+            with self._opened(path, path.name, of_any_run=True) as (_, contents):
+                return contents
+        except StoreError:
+            return None
+
+    # ------------------------------------------------------------------ the whole run
+    def close(self, steps: int) -> None:
+        """Write down that recording ended in order, and what there is: what is lost later is known."""
+        self.end_log(LOG_NAME)
+        lines = self.count_lines(LOG_NAME)
+        self.write_json(CLOSED_NAME, {"steps": steps, "lines": lines, "snapshots": self.found_snapshots()})
+
+    def closed(self, *, damaged: bool = False) -> dict[str, Any] | None:
+        """What was written when recording ended in order; None where it did not.
+
+        Args:
+            damaged: None, too, where that cannot be read.
+        """
+        try:
+            found = self.read_json(CLOSED_NAME)
+            words = found and mismatch(found, {"steps": COUNT, "lines?": COUNT, "snapshots?": [COUNT]})
+            if words:
+                raise StoreError(f"{CLOSED_NAME} is not as it must be: {words}", where=self.path / CLOSED_NAME)
+        except StoreError:
+            if not damaged:
+                raise
+            return None
+        return found
+
+    def found_steps(self) -> list[int]:
+        """The steps whose files are there, in order.
+
+        Raises:
+            StoreError: one of the store's folders is a link that leads elsewhere.
+        """
+        look_again(self.path)
+        folders = [self.path / name for name in ("steps", "snapshots", "batches")]
+        folders += sorted(folders[0].iterdir()) if folders[0].is_dir() else []
+        for folder in folders:
+            if folder.is_symlink():
+                raise StoreError(
+                    "a folder of the run store is a symbolic link",
+                    where=folder,
+                    expected="a folder",
+                    remedy="move what it leads to into its place",
+                )
+        return sorted(int(p.stem) for p in folders[0].glob("*/*.safetensors") if self._is_step(p))
+
+    def found_snapshots(self) -> list[int]:
+        """The steps after which the optimizer's state was kept, in order."""
+        found = (int(p.stem) for p in (self.path / "snapshots").glob("*.safetensors") if p.stem.isdecimal())
+        return sorted(s for s in found if self.snapshot_path(s).exists())
+
+    def delete_after(self, s: int) -> None:
+        """Delete the steps and snapshots after step s, the last one first: what is left is a run at any time."""
+        for later in reversed([t for t in self.found_snapshots() if t > s]):
+            remove(self.snapshot_path(later))
+        for later in reversed([t for t in self.found_steps() if t > s]):
+            remove(self.step_path(later))
+
+    def found_batches(self) -> list[Path]:
+        """The files of batches."""
+        found = (self.path / "batches").glob("*.safetensors")
+        return sorted(p for p in found if re.fullmatch(_HASH, p.stem))
+
+    def count_steps(self, *, until: int | None = None, damaged: bool = False) -> int:
+        """The number N of recorded steps; every file of 1..N is checked for truncation and for a damaged header.
+
+        Args:
+            until: look at the steps 1..until only.
+            damaged: count them without looking at the files.
+
+        Raises:
+            StoreError: a step in the middle is missing or damaged, or steps are missing at the end of a closed run.
+        """
+        found = self.found_steps()
+        closed = self.closed(damaged=damaged)
+        recorded = max(found[-1] if found else 0, closed["steps"] if closed else 0)
+        total = recorded if until is None else until
+        if damaged:
+            return min(total, recorded)
+        present = set(found)
+        for s in range(1, total + 1):
+            try:
+                if s not in present:
+                    raise StoreError(f"step {s} is missing", where=self.step_path(s), expected=f"steps 1..{recorded}")
+                self.check_file(self.step_path(s), what=f"step {s}")
+            except StoreError as error:
+                raise StoreError(
+                    f"the run store is damaged: {error.what}",
+                    where=error.where,
+                    expected=error.expected,
+                    got=error.got,
+                    remedy=self._remedy(self.step_path(s)),
+                ) from error
+        return total

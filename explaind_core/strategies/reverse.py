@@ -1,0 +1,204 @@
+"""Reverse mode: a segment's feature maps phi by backward passes, and their products with updates, entry by entry.
+
+One backward pass per (test sample, output) as far as these axes are kept gives a row of phi, which is contracted with
+every term at once: over layers, over single parameters, over the entries of forward-time features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from explaind_core.decomposition import StepDecomposition, updates_of
+from explaind_core.derivatives import ExplainedFunction, slices
+from explaind_core.questions import Places, Question, reduced
+from explaind_core.strategies.gram_products import gram_products
+
+__all__ = ["Products", "feature_map", "products", "rest_change", "second_moments"]
+
+Points = tuple[tuple[float, float], ...]
+#: Rows of features that are squared at a time.
+_SQUARED = 16
+
+
+def feature_map(
+    question: Question,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    names: list[str],
+    block: slice,
+    points: Points,
+    columns: slice = slice(None),
+) -> dict[str, Tensor]:
+    """``phi(x) = sum_j w_j df/dtheta(before + t_j (after - before); x)``: name -> ``[n', J', *shape]``."""
+    function = question.function
+    phi: dict[str, Tensor] = {}
+    for t, weight in points:
+        point = {n: torch.lerp(before[n], after[n], t) for n in before}
+        gradients = function.jacobian(
+            point,
+            names,
+            block,
+            sum_test=not question.keeps("test"),
+            sum_outputs=not question.keeps("output"),
+            columns=columns,
+        )
+        for n, g in gradients.items():
+            part = g.cpu() if weight == 1 else g.cpu() * weight
+            phi[n] = part if n not in phi else phi[n] + part
+    return phi
+
+
+def rest_change(
+    function: ExplainedFunction,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    share: Mapping[str, Tensor],
+    points: Points,
+    block: slice | None = None,
+) -> Tensor:
+    """What the parameters outside all layers added, by forward mode: ``[n, J]``, of all test samples or a block."""
+    block = slice(0, function.samples) if block is None else block
+    total = torch.zeros((block.stop - block.start, function.outputs), dtype=torch.float64)
+    if not any(bool(t.any()) for t in share.values()):
+        return total
+    for t, weight in points:
+        point = {n: torch.lerp(before[n], after[n], t) for n in before}
+        total = total + weight * function.derivatives(point, [share], block)[0]
+    return total
+
+
+@dataclass
+class Products:
+    """What phi was multiplied with, over ``[I', L', P', T', n', J']`` (see :class:`WindowSum`).
+
+    ``kernel`` is the sum over all gradients, whatever is asked for: ``[n', J']``. ``gram`` is ``[L', n, n]`` where the
+    question wants it: inner products over parameters and entries.
+    """
+
+    terms: dict[str, Tensor]
+    others: Tensor
+    rest: Tensor
+    kernel: Tensor = field(default_factory=lambda: torch.zeros(()))
+    gram: Tensor | None = None
+
+    @property
+    def total(self) -> Tensor:
+        """Everything that the segment's declared update adds: ``[n', J']``."""
+        total = self.rest + self.kernel
+        for name, term in self.terms.items():
+            if name not in ("kernel", "unattributed"):  # of which ``kernel`` is the sum
+                total = total + term.sum(tuple(range(term.ndim - 2)))
+        return total
+
+
+def products(
+    question: Question,
+    places: Places,
+    split: StepDecomposition,
+    names: tuple[str, ...],
+    features: Mapping[str, Tensor] | None,
+    blocks: list[slice],
+    points: Points,
+    shapes: Mapping[str, torch.Size],
+) -> Products:
+    """All products of one segment, block by block of test samples.
+
+    Args:
+        names: the terms. features: forward-time features ``[entries, *shape]`` in place of the kernel, the last
+            entry being what is not asked for where gradients are restricted. shapes: of the terms.
+    """
+    terms = {n: torch.zeros(shape, dtype=torch.float64) for n, shape in shapes.items()}
+    edge = next(iter(shapes.values()))[-2:]
+    others, kernel = torch.zeros(edge, dtype=torch.float64), torch.zeros(edge, dtype=torch.float64)
+    updates = updates_of(split, names)
+    gram: Tensor | None = None
+    for block in blocks:
+        rows = block if question.keeps("test") else slice(0, 1)
+        phi = feature_map(question, split.theta_before, split.theta, places.names, block, points)
+        for name, gradient in phi.items():
+            flat = gradient.flatten(2)  # [n', J', d]
+            exact = flat.double()
+            for term in names:
+                if name not in updates[term]:
+                    continue
+                update = updates[term][name].reshape(-1)
+                for position, _, mask in places.of(name):
+                    share = update if mask is None else update * mask.reshape(-1)
+                    if term == "kernel":
+                        kernel[rows] += exact @ share.double()
+                    if term == "kernel" and features is not None:
+                        continue
+                    _add(terms[term], 0, 0, position, exact * share if question.keeps("parameter") else exact @ share,
+                         rows, question, places, name, mask)  # fmt: skip
+            if features is not None and name in features:
+                _add_features(question, places, terms, others, flat, features[name], name, rows)
+        if question.gram and features is not None:  # all test samples are in one block then
+            weights = second_moments(features, math.prod(shapes["kernel"][i] for i in (0, 3)))
+            parts = [gram_products(phi, phi, weights, layer.masks) for layer in question.layers]
+            gram = torch.stack([torch.from_numpy(part) for part in parts])
+    rest = torch.zeros(edge, dtype=torch.float64)
+    if question.rest is not None:
+        outside = question.rest.share({n: u.declared for n, u in split.updates.items()})
+        values = rest_change(question.function, split.theta_before, split.theta, outside, points)
+        rest = rest + reduced(values, question)
+    return Products(terms, others, rest, kernel, gram)
+
+
+def second_moments(features: Mapping[str, Tensor], entries: int) -> dict[str, Tensor]:
+    """``sum_e h_e^2`` over the first ``entries``: name -> float64 of the parameter's shape."""
+    found = {}
+    for name, h in features.items():
+        flat = h[:entries].flatten(1)
+        total = torch.zeros(flat.shape[1], dtype=torch.float64)
+        for rows in slices(len(flat), _SQUARED):  # a few rows at a time stay in the processor's cache
+            total += flat[rows].double().square_().sum(0)
+        found[name] = total.reshape(h.shape[1:])
+    return found
+
+
+def _add(
+    term: Tensor, i: int, t: int, layer: int, values: Tensor, rows: slice, question: Question, places: Places,
+    name: str, mask: Tensor | None,
+) -> None:  # fmt: skip
+    """Add ``[n', J']``, or ``[n', J', d]`` where parameters are kept, in its place."""
+    position = layer if question.keeps("layer") else 0
+    if not question.keeps("parameter"):
+        term[i, position, 0, t, rows] += values
+        return
+    inside, columns = places.columns(name, mask)
+    term[i, position, columns, t, rows] += values[..., inside].permute(2, 0, 1).double()
+
+
+def _add_features(
+    question: Question, places: Places, terms: Mapping[str, Tensor], others: Tensor, phi: Tensor, features: Tensor,
+    name: str, rows: slice,
+) -> None:  # fmt: skip
+    """Products with forward-time features ``[entries, *shape]``: ``phi`` is ``[n', J', d]``."""
+    kernel, remainder = terms["kernel"], terms.get("unattributed", others)
+    steps, entries = kernel.shape[0], kernel.shape[3]
+    h = features.flatten(1)
+    asked = h[: steps * entries]
+    for position, _, mask in places.of(name):
+        share = asked if mask is None else asked * mask.reshape(-1).to(asked.dtype)
+        if question.keeps("parameter"):
+            for e, row in enumerate(share):
+                i, t = divmod(e, entries)
+                _add(kernel, i, t, position, (phi * row).double(), rows, question, places, name, mask)
+        else:
+            # This way round, the product is the faster one.
+            found = (phi.flatten(0, 1) @ share.T).double().T.reshape(-1, *phi.shape[:2])
+            kernel[:, position if question.keeps("layer") else 0, 0, :, rows] += found.reshape(
+                steps, entries, *found.shape[1:]
+            )
+        for e, row in enumerate(h[len(asked) :]):
+            left = row if mask is None else row * mask.reshape(-1).to(h.dtype)
+            if e == 0 and question.restricts_gradients:
+                others[rows] += (phi @ left).double()
+            else:
+                values = phi * left if question.keeps("parameter") else phi @ left
+                _add(remainder, 0, 0, position, values.double(), rows, question, places, name, mask)

@@ -1,0 +1,172 @@
+r"""The gradient that a step was fed, as the shares of its samples and what is left of it.
+
+    fed = sum_k  M * g_k  +  rest
+
+M is one number, the clip coefficient (1 for most runs; one for each of several optimizers that were clipped apart), or,
+where single entries were clipped, one number an entry, ``clamp(c g) / g``: a frozen diagonal operator in front of the
+filter. ``rest`` is what the samples' gradients do not
+explain: rounding, as a rule. More than that is refused, or carried as a term of its own where that was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from explaind_core.decomposition import StepDecomposition
+from explaind_core.derivatives import SampleGradients
+from explaind_core.errors import ExplaindError, RecordingError
+from explaind_core.questions import Question
+from explaind_core.rules import OWNER
+from explaind_core.run import Run
+from explaind_core.tensors import to_dense
+
+__all__ = ["Shares", "samples_of"]
+
+Gradients = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The shares ``M * g_k`` of one step's samples; see :class:`explaind_core.derivatives.SampleGradients`.
+
+    Args:
+        samples: the samples' gradients. factors: M of every parameter, 0-d or of its shape.
+    """
+
+    samples: SampleGradients
+    factors: Mapping[str, Tensor]
+
+    @property
+    def ids(self) -> Tensor:
+        """int64 ``[n]``: the samples' ids."""
+        return self.samples.ids
+
+    def _times(self, gradients: Gradients) -> Gradients:
+        return {n: g * self.factors[n].to(g) for n, g in gradients.items()}
+
+    def inner(self, parts: Sequence[Mapping[str, Tensor]], *, method: str = "materialised") -> Tensor:
+        """``<d_r, M * g_k>``: float64 ``[len(parts), R, n]``."""
+        plain = {float(f) for f in self.factors.values() if f.ndim == 0}
+        if len(plain) == 1 and all(f.ndim == 0 for f in self.factors.values()):
+            return plain.pop() * self.samples.inner(parts, method=method)
+        return self.samples.inner([self._times(dict(part)) for part in parts], method=method)
+
+    def weighted(self, weights: Tensor) -> Gradients:
+        """``sum_k weights[g, k] M * g_k``: name -> ``[G, *shape]``."""
+        return self._times(self.samples.weighted(weights))
+
+    def chunks(self, wanted: Tensor | None = None) -> Iterator[tuple[slice, Gradients]]:
+        """The shares themselves, by blocks of samples: their positions, and name -> ``[b, *shape]``."""
+        for part, gradients in self.samples.chunks(wanted):
+            yield part, self._times(gradients)
+
+
+def samples_of(question: Question, split: StepDecomposition, names: list[str]) -> Shares:
+    """The shares of one step's samples.
+
+    The model is run as it was when the batch was passed through it; where that was not recorded, in training mode, or
+    else in evaluation mode, as a fine-tuned one may have been: the one whose gradients are those that were recorded is
+    right. So it is with a loss that was, or was not, computed under the model's autocast.
+
+    Raises:
+        RecordingError: no way to pass the batch through the model gives the gradient that was recorded.
+    """
+    run = question.run
+    assert run.loss is not None
+    recorded = {n: split.gradients[n] for n in names if n in split.gradients}
+    batch, declared = run.batch(split.step), run.gradient_factor(split.step)
+    states = [m.forward for m in batch.micro]
+    modes = [run.trains_in_training_mode, not run.trains_in_training_mode]
+    if all(state is not None for state in states):
+        modes = [all(state.training for state in states if state is not None)]
+    autocast = any(state is not None and state.autocast is not None for state in states)
+    limit = None
+    if any(kind == "value" for kind, *_ in run.clips(split.step)) and recorded:
+        limit = max(float(to_dense(g).abs().max()) for g in recorded.values() if g.numel())
+    first: ExplaindError | None = None
+    candidates = [(mode, inside) for mode in modes for inside in ((True, False) if autocast else (True,))]
+    buffers = run.buffers(split.step - 1)
+    for mode, inside in candidates:
+        model = run.model_in(mode)
+        try:
+            samples = SampleGradients(model, run.loss, batch, split.taken_at, buffers, names, loss_in_autocast=inside)
+            scales = _fitted(run, samples, recorded, names, step=split.step, factor=declared, limit=limit)
+        except RecordingError as error:
+            first = first or error
+            continue
+        except ValueError as error:  # torch's own, of batch normalisation that is given a single sample
+            first = first or RecordingError(
+                f"the model cannot be run on the batch: {error}",
+                where=f"step {split.step}",
+                remedy="a gradient has no share per sample there: keep only axes other than train",
+            )
+            continue
+        run.trains_in_training_mode = mode
+        return _shares(question, samples, scales, limit, recorded, names)
+    assert first is not None
+    if not question.carries:
+        raise first
+    mode, inside = candidates[0]
+    samples = SampleGradients(
+        run.model_in(mode), run.loss, batch, split.taken_at, buffers, names, loss_in_autocast=inside
+    )
+    nearest = dict.fromkeys(names, samples.nearest(recorded, limit=limit))
+    return _shares(question, samples, nearest, limit, recorded, names)
+
+
+def _fitted(
+    run: Run, samples: SampleGradients, recorded: Mapping[str, Tensor], names: Sequence[str], *, step: int, **told: Any
+) -> dict[str, float]:
+    """Each parameter's factor: one for all, or one for those of each optimizer, where these were clipped apart."""
+    try:
+        return dict.fromkeys(names, samples.fit(recorded, step=step, **told))
+    except RecordingError:
+        if len(run.optimizers) == 1:
+            raise
+        owners = {name: group[OWNER] for group in run.groups(step) for name in group["params"]}
+        found: dict[str, float] = {}
+        for member in range(len(run.optimizers)):
+            own = [name for name in names if owners.get(name, member) == member]
+            found |= dict.fromkeys(own, samples.fit(recorded, step=step, names=own, **told) if own else 1.0)
+        return found
+
+
+def _shares(
+    question: Question,
+    samples: SampleGradients,
+    scales: Mapping[str, float],
+    limit: float | None,
+    recorded: Mapping[str, Tensor],
+    names: Sequence[str],
+) -> Shares:
+    found = [*question.facts.get("gradient_factor", []), *scales.values()]
+    question.facts["gradient_factor"] = [min(found), max(found)]
+    total = samples.total()
+    factors = {n: torch.tensor(scales[n], dtype=torch.float64) for n in names}
+    if limit is not None:
+        clipped = {n: (scales[n] * total[n].double()).abs() > limit for n in names}
+        factors = {
+            n: torch.where(clipped[n], limit / total[n].double().abs(), scales[n])
+            if bool(clipped[n].any())
+            else factors[n]
+            for n in names
+        }
+        question.facts["entries_clipped"] = question.facts.get("entries_clipped", 0) + sum(
+            int(c.sum()) for c in clipped.values()
+        )
+    if samples.together:
+        question.facts["samples_together"] = (
+            "shares are gradients of own loss terms, the whole batch in the forward pass"
+        )
+    if question.carries:
+        rest = [to_dense(recorded[n]).double().cpu() - factors[n] * total[n].double().cpu() for n in recorded]
+        size = sum(float(r.square().sum()) for r in rest) ** 0.5
+        fed = sum(float(to_dense(g).double().square().sum()) for g in recorded.values()) ** 0.5
+        largest = question.facts.get("unattributed_gradient", 0.0)
+        question.facts["unattributed_gradient"] = max(largest, size / fed if fed else 0.0)
+    return Shares(samples, factors)

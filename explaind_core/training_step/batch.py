@@ -1,0 +1,57 @@
+"""What a step's gradient was of: its micro-batches, as they were declared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from explaind_core.errors import QuestionError
+from explaind_core.training_step.forward_state import ForwardState
+
+__all__ = ["Batch", "MicroBatch"]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One declared batch: ids int64 ``[n]``, inputs and targets as declared, and its loss weight.
+
+    ``forward`` tells how the model stood when it was passed through; None where no pass was seen.
+    """
+
+    ids: Tensor
+    inputs: Any
+    targets: Any
+    weight: float
+    forward: ForwardState | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All micro-batches whose gradients one step was fed."""
+
+    micro: tuple[MicroBatch, ...]
+
+    @property
+    def ids(self) -> Tensor:
+        """The ids of all its samples, in order; a sample that stands twice appears twice."""
+        return torch.cat([m.ids for m in self.micro])
+
+    def _only(self) -> MicroBatch:
+        if len(self.micro) != 1:
+            raise QuestionError(
+                f"this step has {len(self.micro)} micro-batches", remedy="loop over .micro: each has inputs and targets"
+            )
+        return self.micro[0]
+
+    @property
+    def inputs(self) -> Any:
+        """The inputs, where the step has one micro-batch."""
+        return self._only().inputs
+
+    @property
+    def targets(self) -> Any:
+        """The targets, where the step has one micro-batch."""
+        return self._only().targets

@@ -1,0 +1,106 @@
+"""Training losses: how a recorded run remembers one, and how it is evaluated sample by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import loss as torch_losses
+
+from explaind_core.errors import QuestionError, StoreError
+from explaind_core.naming import qualified_name
+from explaind_core.training_step import transformers_losses
+
+__all__ = ["describe_loss", "per_sample_loss", "rebuild_loss"]
+
+#: The losses of ``transformers``' models, by the module that holds them now and by the one of earlier releases.
+_OF_TRANSFORMERS = (transformers_losses.__name__, "explaind_core.integrations.losses")
+LossFunction = Callable[[Any, Any], Tensor]
+#: torch's losses that are functions.
+_FUNCTIONS = {
+    "cross_entropy", "nll_loss", "kl_div", "binary_cross_entropy", "binary_cross_entropy_with_logits", "ctc_loss",
+    *(name for name in vars(torch.nn.functional) if name.endswith("_loss") and not name.startswith("_")),
+}  # fmt: skip
+
+
+def describe_loss(loss: Callable[..., Tensor] | None) -> dict[str, Any] | None:
+    """What the store keeps of a loss: its name and, for torch's own loss modules, their settings.
+
+    Example:
+        >>> describe_loss(torch.nn.functional.cross_entropy)
+        {'name': 'torch.nn.functional.cross_entropy'}
+    """
+    if loss is None:
+        return None
+    if isinstance(loss, nn.Module):
+        plain = not list(loss.parameters()) and all(buffer is None for buffer in loss._buffers.values())
+        settings = {k: v for k, v in vars(loss).items() if not k.startswith("_") and k != "training"}
+        known = type(loss).__module__ == torch_losses.__name__ and plain
+        return {"name": qualified_name(type(loss))} | ({"settings": settings} if known else {})
+    module, name = getattr(loss, "__module__", "?"), getattr(loss, "__qualname__", type(loss).__qualname__)
+    return {"name": f"{module}.{name}"}
+
+
+def rebuild_loss(description: dict[str, Any] | None) -> LossFunction | None:
+    """The loss that :func:`describe_loss` described, if it is one of torch's own or of our integrations'; else None.
+
+    Only names of torch's losses and of those few are looked up, so a store cannot make this run other code.
+
+    Raises:
+        StoreError: the settings are not those of that loss.
+
+    Example:
+        >>> rebuild_loss(describe_loss(torch.nn.MSELoss(reduction="sum")))
+        MSELoss()
+    """
+    if description is None:
+        return None
+    module, _, name = description["name"].rpartition(".")
+    if module == torch_losses.__name__ and "settings" in description and name in torch_losses.__all__:
+        try:
+            loss: LossFunction = getattr(torch_losses, name)(**description["settings"])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise StoreError(
+                f"the recorded loss cannot be built again: {error}",
+                where=f"{name}, manifest.json",
+                got=description["settings"],
+                remedy="pass open_run(..., loss=)",
+            ) from error
+        return loss
+    if module == "torch.nn.functional" and name in _FUNCTIONS:
+        function: LossFunction = getattr(torch.nn.functional, name)
+        return function
+    return transformers_losses.LOSSES.get(name) if module in _OF_TRANSFORMERS else None
+
+
+def per_sample_loss(loss: LossFunction, outputs: Any, targets: Any) -> Tensor:
+    """The loss of each sample on its own: ``[n]``.
+
+    A loss that returns one number per sample is taken as it is. A reduced one (a 0-d result) is called on
+    every sample as a batch of one. Its normaliser is then that sample's own: with class weights or ignored
+    tokens this is not the sample's share of a batch mean.
+
+    Raises:
+        QuestionError: the result has more than one number per sample.
+
+    Example:
+        >>> per_sample_loss(torch.nn.functional.mse_loss, torch.zeros(2, 3), torch.ones(2, 3))
+        tensor([1., 1.])
+    """
+    n = len(outputs)
+    values = loss(outputs, targets)
+    if values.ndim == 0:
+        # randomness="error" is vmap's default: a stochastic loss would have no fixed derivative.
+        return torch.func.vmap(lambda output, target: loss(output.unsqueeze(0), target.unsqueeze(0)))(outputs, targets)
+    if values.shape == (n,):
+        return values
+    if values.numel() == n:
+        return values.reshape(n)
+    raise QuestionError(
+        "the loss does not return one number per sample",
+        expected=f"a 0-d tensor, or shape ({n},)",
+        got=tuple(values.shape),
+        remedy="sum or average over the other axes",
+    )

@@ -1,0 +1,39 @@
+"""Builds an optimizer again from its class and its parameter groups."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from explaind_core.errors import StoreError
+from explaind_core.naming import qualified_name
+
+__all__ = ["rebuild_optimizer"]
+
+
+def rebuild_optimizer(
+    kind: type[torch.optim.Optimizer], groups: list[dict[str, Any]], *, where: object = None
+) -> torch.optim.Optimizer:
+    """``kind`` over ``groups``, called with those of the first group's values that its constructor has arguments for.
+
+    Raises:
+        StoreError: the constructor refuses them.
+
+    Example:
+        >>> group = {"params": [torch.nn.Parameter(torch.ones(1))], "lr": 0.5, "initial_lr": 1.0}
+        >>> rebuild_optimizer(torch.optim.SGD, [group]).param_groups[0]["lr"]
+        0.5
+    """
+    wanted = inspect.signature(kind).parameters
+    options = {key: value for key, value in groups[0].items() if key in wanted and key != "params"}
+    try:
+        return kind(groups, **options)
+    except Exception as error:
+        raise StoreError(
+            f"{qualified_name(kind)} cannot be rebuilt from the recorded hyper-parameters: {error}",
+            where=where,
+            got=options,
+            remedy="pass open_run(..., make_optimizer=lambda groups: ...)",
+        ) from error
