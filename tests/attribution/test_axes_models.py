@@ -15,8 +15,9 @@ from torch import nn
 import explaind_core as explaind
 from explaind_core.errors import QuestionError
 from support.attribution_oracles import modules
-from support.axes_oracle import AXES, SUBSETS, assert_answers, influences, sample_gradients
+from support.axes_oracle import AXES, SUBSETS, assert_answers, influences
 from support.axes_runs import record_batches
+from support.updates_oracle import sample_gradients
 
 #: Ragged; a sample twice in the second batch.
 BATCHES = [[0, 1, 2], [4, 4, 3], [5, 0]]

@@ -15,9 +15,10 @@ from torch.func import functional_call
 import explaind_core as explaind
 from support.attribution_oracles import SUBSETS as OLD_SUBSETS
 from support.attribution_oracles import dense, modules
-from support.axes_oracle import AXES, Influences, dims_of, influences, sample_gradients, updates
+from support.axes_oracle import AXES, Influences, dims_of, influences
 from support.axes_runs import BATCHES, CASES, DATA, INPUTS, MICRO, OPTIMIZERS, TARGETS, example, network, record_batches
 from support.oracles import adam_alphas, adam_denominators, sgd_alphas
+from support.updates_oracle import sample_gradients, updates
 
 
 @lru_cache
