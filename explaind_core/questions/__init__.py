@@ -6,12 +6,13 @@ It may import decomposition, derivatives, run and what these may import.
 from __future__ import annotations
 
 from explaind_core.questions.layers import Layer, LayerSpec, resolve_layers
-from explaind_core.questions.memory import check_fits, readable_size
+from explaind_core.questions.memory import check_fits
 from explaind_core.questions.parameter_axis import Places
 from explaind_core.questions.question import AXES, DEFAULT_AXES, GRADIENT_AXES, Question
 from explaind_core.questions.restrictions import Sample, Segment, Window, segments_of
 from explaind_core.questions.values import finite_values, reduced
 from explaind_core.questions.windows import Contribution, WindowSum
+from explaind_core.store import readable_size
 
 __all__ = [
     "AXES",

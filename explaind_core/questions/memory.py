@@ -1,18 +1,21 @@
-"""Amounts of memory, as users say them and read them."""
+"""The memory budget of a question."""
 
 from __future__ import annotations
 
-import re
-
 from explaind_core.errors import QuestionError
+from explaind_core.store import parse_size, readable_size
 
-__all__ = ["check_fits", "parse_memory", "readable_size"]
-
-_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+__all__ = ["check_fits", "parse_memory"]
 
 
 def parse_memory(memory: str | int) -> int:
     """A memory budget in bytes.
+
+    Args:
+        memory: a number of bytes, or a string such as ``"4GiB"``.
+
+    Returns:
+        How many bytes that are.
 
     Raises:
         QuestionError: not a number of bytes with a unit.
@@ -21,28 +24,22 @@ def parse_memory(memory: str | int) -> int:
         >>> parse_memory("4GiB")
         4294967296
     """
-    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*", str(memory), re.ASCII)
-    unit = _UNITS.get(match.group(2) or "B") if match else None
-    if match is None or unit is None:
-        raise QuestionError("memory is no amount of memory", expected='bytes, or a string such as "4GiB"', got=memory)
-    return int(float(match.group(1)) * unit)
-
-
-def readable_size(size: int) -> str:
-    """Bytes with a unit that fits.
-
-    Example:
-        >>> readable_size(3 * 2**29), readable_size(100)
-        ('1.5 GiB', '100 B')
-    """
-    for unit in ("GiB", "MiB", "KiB"):
-        if size >= _UNITS[unit]:
-            return f"{size / _UNITS[unit]:.1f} {unit}"
-    return f"{size} B"
+    try:
+        return parse_size(memory)
+    except ValueError:
+        raise QuestionError(
+            "memory is no amount of memory", expected='bytes, or a string such as "4GiB"', got=memory
+        ) from None
 
 
 def check_fits(memory: int, needed: int, where: str, remedy: str) -> None:
     """Refuse what takes more than the budget.
+
+    Args:
+        memory: the budget in bytes.
+        needed: what is taken, in bytes.
+        where: what takes it, for the error.
+        remedy: what to do about it, for the error.
 
     Raises:
         QuestionError: it does.

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import filelock
 import numpy as np
 import xarray as xr
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from explaind_core.errors import QuestionError, StoreError
-from explaind_core.results.location import Place
 from explaind_core.results.stored_result import ForeignError, Record, check_files, checksum, read_record, stored_result
-from explaind_core.store import write_error
+from explaind_core.results.zarr_folder import PARTIAL, zarr_store
+from explaind_core.store import (
+    LockWords,
+    WritingLock,
+    is_local,
+    locate,
+    read_bytes,
+    remove_unfinished,
+    replace,
+    write_error,
+)
 
 __all__ = ["BLOCK", "ResultWriter"]
 
@@ -40,6 +48,11 @@ _JOINED = {
     "nodes": np.maximum, "evaluations": np.maximum, "converged": np.logical_and, "update_error": np.maximum,
     "correction": np.maximum,
 }  # fmt: skip
+_LOCK_WORDS = LockWords(
+    taken="another process is writing this result",
+    remedy="let it finish and ask again, which reads the finished result; or choose another out=",
+    kept="nothing was begun",
+)
 _COMPRESSORS = (ZstdCodec(level=0), Crc32cCodec())
 
 
@@ -61,7 +74,7 @@ class ResultWriter:
     """
 
     def __init__(self, path: str | os.PathLike[str], question: str, axis: str | None, total: int) -> None:
-        self._place = Place(path)
+        self._folder = locate(path)
         self._held = ExitStack()
         self._record = Record(question, axis, 0, total, {}, {}, {})
 
@@ -89,24 +102,24 @@ class ResultWriter:
         self._look()
         if not self.finished:  # a finished one is only read: by any number of processes, in a folder that is read-only
             with self._held as held:
-                held.enter_context(_alone(self._place))
+                held.enter_context(_alone(self._folder))
                 self._look()
                 with self._writing():
-                    self._place.remove_partial()
+                    remove_unfinished(self._folder, ending=PARTIAL)
                     if not self.done:
                         self._begin()
                 self._check()
                 self._held = held.pop_all()
             return self
         self._check()
-        if self._place.folder is not None and _lock_path(self._place).exists():
-            with suppress(StoreError), _alone(self._place):  # which removes it: somebody was killed when all was done
+        if is_local(self._folder) and _lock_path(self._folder).exists():
+            with suppress(StoreError), _alone(self._folder):  # which removes it: somebody was killed when all was done
                 pass
         return self
 
     def _check(self) -> None:
         if self.done:
-            check_files(self._place, self._record, contents=True)
+            check_files(self._folder, self._record, contents=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -115,7 +128,7 @@ class ResultWriter:
 
     def result(self) -> xr.Dataset:
         """What is written, lazily."""
-        return stored_result(self._place, self._record)
+        return stored_result(self._folder, self._record)
 
     # ------------------------------------------------------------------ writing
     def append(self, block: xr.Dataset, labels: Mapping[str, Any]) -> None:
@@ -127,7 +140,7 @@ class ResultWriter:
         axis = self._record.axis
         size = self._record.total if axis is None else block.sizes[axis]
         with self._writing():
-            store = self._place.store(read_only=False)
+            store = zarr_store(self._folder, read_only=False)
             group = zarr.open_group(store, mode="r+", zarr_format=3, use_consolidated=False)
             # Chunks full of one number are files, too: one that is missing is damage.
             with zarr.config.set({"array.write_empty_chunks": True}):
@@ -137,12 +150,15 @@ class ResultWriter:
             files, arrays = self._record.files, self._record.arrays
             if not self.done:
                 names = sorted({*map(str, block.variables), *labels})
-                raw = {f"{name}/zarr.json": self._place.read(f"{name}/zarr.json") for name in names}
+                raw = {
+                    f"{name}/zarr.json": read_bytes(self._folder / name / "zarr.json", follow_links=True)
+                    for name in names
+                }
                 files = {key: checksum(content) for key, content in raw.items()}
                 arrays = {key.rpartition("/")[0]: json.loads(content) for key, content in raw.items()}
             # Only now does the block count: one that a kill cuts short is computed again.
             attributes = self._joined(block, labels)
-            self._write(replace(
+            self._write(dataclasses.replace(
                 self._record, done=self.done + size, files=files, arrays=arrays, attributes=attributes
             ))  # fmt: skip
 
@@ -197,13 +213,13 @@ class ResultWriter:
 
     # ------------------------------------------------------------------ what is there
     def _look(self) -> None:
-        place, asked = self._place, self._record
+        folder, asked = self._folder, self._record
         try:
-            record = read_record(place)
+            record = read_record(folder)
         except ForeignError as error:
             raise QuestionError(
                 f"there is something at out= that is no result: {error.got}",
-                where=place,
+                where=folder,
                 remedy="choose another path, or delete it",
             ) from error
         if record is None:
@@ -211,7 +227,7 @@ class ResultWriter:
         if (record.question, record.axis, record.total) != (asked.question, asked.axis, asked.total):
             raise QuestionError(
                 "out= holds the result of another question",
-                where=place,
+                where=folder,
                 expected=f"an unfinished or finished result of this question ({asked.question})",
                 got=record.question,
                 remedy="choose another path, or delete it",
@@ -223,7 +239,7 @@ class ResultWriter:
         self._write(self._record)
 
     def _write(self, record: Record) -> None:
-        self._place.write("zarr.json", record.encoded(version("explaind-core")))
+        replace(self._folder / "zarr.json", [record.encoded(version("explaind-core"))], ending=PARTIAL)
         self._record = record
 
     @contextmanager
@@ -234,42 +250,19 @@ class ResultWriter:
             kept = f"the first {self.done} of {self._record.total} {self._record.axis} entries are kept; "
             raise write_error(
                 error,
-                self._place if error.filename is None else error.filename,
+                self._folder if error.filename is None else error.filename,
                 f"{kept if self.done else ''}ask the same question with the same out= to go on",
             ) from error
 
 
-@contextmanager
-def _alone(place: Place) -> Iterator[None]:
-    """Keep other processes from writing the same result. A killed one's lock is nobody's: the system releases it."""
-    if place.folder is None:
-        yield
-        return
-    path = _lock_path(place)
-    lock = filelock.FileLock(path, timeout=0)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except filelock.Timeout as error:
-        raise StoreError(
-            "another process is writing this result",
-            where=place,
-            remedy="let it finish and ask again, which reads the finished result; or choose another out=",
-        ) from error
-    except OSError as error:
-        raise write_error(error, path, "nothing was begun") from error
-    try:
-        yield
-    finally:
-        try:
-            Path(lock.lock_file).unlink(missing_ok=True)  # while it is held, so that nobody else's goes
-        finally:
-            lock.release()
+def _alone(folder: Path) -> AbstractContextManager[object]:
+    """Keep other processes from writing the same result; elsewhere than on this machine nobody can tell."""
+    return WritingLock(_lock_path(folder), where=folder, words=_LOCK_WORDS) if is_local(folder) else nullcontext()
 
 
-def _lock_path(place: Place) -> Path:
+def _lock_path(folder: Path) -> Path:
     """Beside a local result, and not in it: whatever lies in a zarr folder is part of it."""
-    path = (place.folder or Path()).resolve()
+    path = folder.resolve()
     return path.with_name(path.name + ".lock")
 
 

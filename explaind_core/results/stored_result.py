@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,8 @@ import xarray as xr
 import zarr
 
 from explaind_core.errors import StoreError
-from explaind_core.results.location import PARTIAL, Place
+from explaind_core.results.zarr_folder import PARTIAL, zarr_store
+from explaind_core.store import locate, names_in, read_bytes, reason
 
 __all__ = [
     "FORMAT",
@@ -126,32 +128,32 @@ def open_result(path: str | os.PathLike[str], *, unfinished: bool = False, check
         True
         >>> folder.cleanup()
     """
-    place = Place(path)
-    record = read_record(place)
+    folder = locate(path)
+    record = read_record(folder)
     if record is None:
         raise StoreError(
             "there is no result here",
-            where=place,
+            where=folder,
             expected="what was passed as out= to explaind.attribute",
-            got="an empty folder" if place.folder is not None and place.folder.exists() else "nothing",
+            got="an empty folder" if folder.exists() else "nothing",
         )
     if not record.finished and not (unfinished and record.done):
         what = f"{record.axis} entries" if record.axis else "blocks"
         raise StoreError(
             "the result is unfinished",
-            where=place,
+            where=folder,
             expected=f"{record.total} {what}",
             got=f"{record.done}",
             remedy="ask the same question with the same out= to finish it"
             + ("; or open the finished part with open_result(..., unfinished=True)" if record.done else ""),
         )
-    check_files(place, record, contents=check)
-    return stored_result(place, record)
+    check_files(folder, record, contents=check)
+    return stored_result(folder, record)
 
 
-def stored_result(place: Place, record: Record) -> xr.Dataset:
+def stored_result(folder: Path, record: Record) -> xr.Dataset:
     """The finished part of a result, read lazily."""
-    stored: xr.Dataset = xr.open_zarr(place.store(read_only=True), consolidated=True, zarr_format=3, chunks=None)
+    stored: xr.Dataset = xr.open_zarr(zarr_store(folder, read_only=True), consolidated=True, zarr_format=3, chunks=None)
     stored = stored.drop_encoding()  # how it lies here is no advice on how to write it elsewhere
     stored.attrs = {name: value for name, value in stored.attrs.items() if name != RECORD}
     texts = {name: c for name, c in stored.coords.items() if c.dtype.kind in "TO"}
@@ -161,29 +163,29 @@ def stored_result(place: Place, record: Record) -> xr.Dataset:
     return stored
 
 
-def read_record(place: Place) -> Record | None:
-    """How far the result at ``place`` is; None where there is nothing.
+def read_record(folder: Path) -> Record | None:
+    """How far the result at ``folder`` is; None where there is nothing.
 
     Raises:
         StoreError: there is something else, or ``zarr.json`` is damaged.
     """
-    where = place.where(_GROUP)
+    where = folder / _GROUP
     try:
-        raw = place.read(_GROUP)
+        raw = read_bytes(where, follow_links=True)
     except FileNotFoundError:
         # The first thing that is written is zarr.json, so a kill before that leaves nothing but a part of it.
-        found = [name for name in place.entries() if not name.endswith(PARTIAL)]
+        found = [name for name in names_in(folder) if not name.endswith(PARTIAL)]
         if found:
             raise ForeignError(
                 "this is no result of explaind",
-                where=place,
+                where=folder,
                 expected="a folder with a zarr.json, written by explaind.attribute(..., out=)",
                 got=_what_else(found),
                 remedy="explaind.open_run opens a recorded run" if "manifest.json" in found else _remedy(found),
             ) from None
         return None
     except OSError as error:
-        raise StoreError(f"this is no result of explaind: {error.strerror or error}", where=where) from error
+        raise StoreError(f"this is no result of explaind: {reason(error)}", where=where) from error
     try:
         document = json.loads(raw)
     except ValueError as error:
@@ -226,7 +228,7 @@ def _remedy(found: list[str]) -> str:
     return "xarray.open_zarr reads it" if ".zgroup" in found else "give the path that was passed as out="
 
 
-def check_files(place: Place, record: Record, *, contents: bool) -> None:
+def check_files(folder: Path, record: Record, *, contents: bool) -> None:
     """Check all files that count.
 
     Raises:
@@ -234,23 +236,23 @@ def check_files(place: Place, record: Record, *, contents: bool) -> None:
     """
     for key, expected in record.files.items():
         try:
-            found = checksum(place.read(key))
+            found = checksum(read_bytes(folder / key, follow_links=True))
         except OSError as error:
-            raise _damaged(place, key, f"is missing or cannot be read: {error.strerror or 'not found'}") from error
+            raise _damaged(folder, key, f"is missing or cannot be read: {reason(error)}") from error
         if found != expected:
-            raise _damaged(place, key, "is damaged: the checksum differs")
-    group = zarr.open_group(place.store(read_only=True), mode="r", zarr_format=3, use_consolidated=True)
+            raise _damaged(folder, key, "is damaged: the checksum differs")
+    group = zarr.open_group(zarr_store(folder, read_only=True), mode="r", zarr_format=3, use_consolidated=True)
     for name, metadata in record.arrays.items():
         array: Any = group[name]
         for index in _counted_chunks(record, metadata):
             key = "/".join([name, "c", *map(str, index)])
-            if not place.exists(key):
-                raise _damaged(place, key, "is missing")  # zarr would read it as if it were full of one number
+            if not (folder / key).is_file():
+                raise _damaged(folder, key, "is missing")  # zarr would read it as if it were full of one number
             if contents:
                 try:
                     array.blocks[index] if index else array[...]
                 except Exception as error:  # whatever a codec says of bytes that are not its own
-                    raise _damaged(place, key, f"is damaged: {error}") from error
+                    raise _damaged(folder, key, f"is damaged: {error}") from error
 
 
 def _counted_chunks(record: Record, metadata: Mapping[str, Any]) -> Iterator[tuple[int, ...]]:
@@ -262,5 +264,5 @@ def _counted_chunks(record: Record, metadata: Mapping[str, Any]) -> Iterator[tup
     return product(*(range(-(-n // size)) for n, size in zip(lengths, sizes, strict=True)))
 
 
-def _damaged(place: Place, key: str, how: str) -> StoreError:
-    return StoreError(f"a file of the result {how}", where=place.where(key), remedy=_AGAIN)
+def _damaged(folder: Path, key: str, how: str) -> StoreError:
+    return StoreError(f"a file of the result {how}", where=folder / key, remedy=_AGAIN)

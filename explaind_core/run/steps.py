@@ -61,7 +61,7 @@ class StoredSteps:
     @property
     def bytes(self) -> int:
         """The size of all files of the run on disk."""
-        return sum(p.stat().st_size for p in self.path.rglob("*") if p.is_file())
+        return self.store.bytes
 
     @property
     def path(self) -> Path:

@@ -8,13 +8,24 @@ from __future__ import annotations
 from explaind_core.store.compression import pack, unpack
 from explaind_core.store.integrity import damages
 from explaind_core.store.json_schema import COUNT, STEP, mismatch
-from explaind_core.store.locations import locate, write_error
+from explaind_core.store.locations import (
+    is_local,
+    locate,
+    names_in,
+    read_bytes,
+    reason,
+    remove_unfinished,
+    replace,
+    write_error,
+)
+from explaind_core.store.readable_size import parse_size, readable_size
 from explaind_core.store.run_store import FORMAT, RunStore
 from explaind_core.store.scratch import WorkingFolder
 from explaind_core.store.size import StoreSize, check_space, store_size
 from explaind_core.store.store_files import MANIFEST_NAME, VERSION, StoredFile, StoreFiles
 from explaind_core.store.tensor_file import DTYPES
 from explaind_core.store.write_queue import WriteQueue, settle
+from explaind_core.store.writing_lock import LockWords, WritingLock
 
 __all__ = [
     "COUNT",
@@ -23,17 +34,27 @@ __all__ = [
     "MANIFEST_NAME",
     "STEP",
     "VERSION",
+    "LockWords",
     "RunStore",
     "StoreFiles",
     "StoreSize",
     "StoredFile",
     "WorkingFolder",
     "WriteQueue",
+    "WritingLock",
     "check_space",
     "damages",
+    "is_local",
     "locate",
     "mismatch",
+    "names_in",
     "pack",
+    "parse_size",
+    "read_bytes",
+    "readable_size",
+    "reason",
+    "remove_unfinished",
+    "replace",
     "settle",
     "store_size",
     "unpack",

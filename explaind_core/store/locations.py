@@ -1,4 +1,4 @@
-"""The files of a run as bytes, in a folder or wherever fsspec reaches: not following links, whole or not at all."""
+"""Where runs and results lie, a folder or wherever fsspec reaches: files as bytes, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -22,34 +22,40 @@ __all__ = [
     "is_local",
     "locate",
     "look_again",
+    "names_in",
     "opened",
     "read_bytes",
+    "reason",
     "remove",
+    "remove_unfinished",
     "replace",
+    "total_bytes",
     "write",
     "write_error",
 ]
 
 
 # Where a platform lacks a flag it has nothing to be guarded against.
-_READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 #: How the names of files end that are still being written.
 UNFINISHED = ".unfinished"
 #: No file of JSON is longer.
 _LONGEST_TEXT = 1 << 30
 
 
+# ---------------------------------------------------------------------- addresses
 def locate(path: str | os.PathLike[str] | UPath) -> Path:
-    """Where a run lies.
+    """Where a run or a result lies.
 
     Args:
         path: a local path, an address that fsspec knows (``memory://runs/demo``, ``s3://bucket/run``), or a ``UPath``.
 
-    Raises:
-        StoreError: fsspec does not know that kind of address.
-
     Returns:
         A ``Path``; for addresses a ``UPath``, which has the same methods.
+
+    Raises:
+        StoreError: fsspec does not know that kind of address.
 
     Example:
         >>> locate("file:///tmp/run"), is_local(locate("memory://runs/demo"))
@@ -71,41 +77,15 @@ def locate(path: str | os.PathLike[str] | UPath) -> Path:
 
 
 def is_local(path: Path) -> bool:
-    """Whether this is a path of this machine's own file system."""
-    return isinstance(path, Path)
+    """Whether this is a path of this machine's own file system.
 
+    Args:
+        path: what :func:`locate` returned, or a path below it.
 
-class NotPlainError(OSError):
-    """A link, a folder, a pipe or a device lies where a plain file was expected."""
-
-
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """A plain file, opened for reading, and its length. A pipe is refused and not waited for.
-
-    Raises:
-        NotPlainError: there is something else at this path.
+    Returns:
+        True for a folder of this machine, False for an address elsewhere.
     """
-    if not is_local(path):
-        with path.open("rb") as file:
-            yield cast(BinaryIO, file), path.stat().st_size
-        return
-    if path.is_symlink():
-        raise NotPlainError("it is a symbolic link")
-    descriptor = os.open(path, _READ)
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise NotPlainError("it is no plain file")
-        yield file, status.st_size
-
-
-def read_bytes(path: Path) -> bytes:
-    """The whole of a small file (errors as in :func:`opened`)."""
-    with opened(path) as (file, size):
-        if size > _LONGEST_TEXT:
-            raise NotPlainError(f"it is {size} bytes long")
-        return file.read()
+    return isinstance(path, Path)
 
 
 def _files(path: Path) -> Any:
@@ -113,45 +93,139 @@ def _files(path: Path) -> Any:
     return cast(Any, path).fs
 
 
+def _name(path: Path) -> str:
+    """What an address is called in its file system."""
+    return cast(str, cast(Any, path).path)
+
+
+# ---------------------------------------------------------------------- what is there
 def look_again(path: Path) -> None:
-    """Forget what is remembered of a listing elsewhere: somebody may be writing there."""
+    """Forget what is remembered of a listing elsewhere: somebody may be writing there.
+
+    Args:
+        path: any path of the file system in question.
+    """
     if not is_local(path):
         _files(path).invalidate_cache()
 
 
-def remove(path: Path) -> None:
-    """Delete a file, or a folder with all that is in it."""
+def names_in(folder: Path) -> list[str]:
+    """The names of what lies in a folder itself.
+
+    Args:
+        folder: a folder, or anything else.
+
+    Returns:
+        Files and folders, sorted; none where there is no folder.
+
+    Example:
+        >>> names_in(locate("memory://nothing/here"))
+        []
+    """
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def total_bytes(folder: Path) -> int:
+    """The size of all files in a folder and in the folders below it.
+
+    Args:
+        folder: a folder.
+
+    Returns:
+        Bytes; 0 where there is nothing.
+
+    Example:
+        >>> folder = locate("memory://total_bytes")
+        >>> replace(folder / "a/b", [b"1234"]), replace(folder / "c", [b"56"])
+        (None, None)
+        >>> total_bytes(folder)
+        6
+        >>> remove(folder)
+    """
+    if not is_local(folder):  # one listing, and not a question a file
+        return int(_files(folder).du(_name(folder))) if folder.exists() else 0
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+# ---------------------------------------------------------------------- reading
+class NotPlainError(OSError):
+    """A link, a folder, a pipe or a device lies where a plain file was expected."""
+
+
+@contextlib.contextmanager
+def opened(path: Path, *, follow_links: bool = False) -> Iterator[tuple[BinaryIO, int]]:
+    """A plain file, opened for reading. A pipe is refused and not waited for.
+
+    Args:
+        path: the file.
+        follow_links: read what a symbolic link leads to, which is refused otherwise.
+
+    Yields:
+        The file, and its length in bytes.
+
+    Raises:
+        NotPlainError: there is something else at this path.
+        OSError: it is missing, or cannot be read.
+    """
     if not is_local(path):
-        _files(path).rm(cast(Any, path).path, recursive=True)
-    elif path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+        with path.open("rb") as file:
+            yield cast(BinaryIO, file), path.stat().st_size
+        return
+    if not follow_links and path.is_symlink():
+        raise NotPlainError("it is a symbolic link")
+    descriptor = os.open(path, _READ if follow_links else _READ | _NO_LINK)
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise NotPlainError("it is no plain file")
+        yield file, status.st_size
 
 
+def read_bytes(path: Path, *, follow_links: bool = False) -> bytes:
+    """The whole of a small file.
+
+    Args:
+        path: the file.
+        follow_links: see :func:`opened`.
+
+    Returns:
+        Its content.
+
+    Raises:
+        NotPlainError: there is something else at this path, or more than 1 GiB.
+        OSError: it is missing, or cannot be read.
+    """
+    with opened(path, follow_links=follow_links) as (file, size):
+        if size > _LONGEST_TEXT:
+            raise NotPlainError(f"it is {size} bytes long")
+        return file.read()
+
+
+# ---------------------------------------------------------------------- writing and removing
 def write(path: Path, parts: Iterable[Any]) -> None:
-    """Write buffers into a file, one after the other."""
+    """Write a file; elsewhere than on this machine whole or not at all.
+
+    Args:
+        path: the file, whose folder is there.
+        parts: buffers, which are written one after the other.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     if not is_local(path):  # one put: who reads sees all of it or nothing
-        _files(path).pipe_file(cast(Any, path).path, b"".join(map(bytes, parts)))
+        _files(path).pipe_file(_name(path), b"".join(map(bytes, parts)))
         return
     with path.open("wb") as file:
         file.writelines(parts)
 
 
-def append(path: Path, size: int, content: bytes) -> int:
-    """Write behind the first ``size`` bytes of a file; returns how long it is then."""
-    if not is_local(path):  # most stores of objects cannot append: small logs are written again
-        known = read_bytes(path)[:size] if size else b""
-        write(path, [known + content])
-        return size + len(content)
-    with path.open("ab") as file:
-        file.truncate(size)
-        file.write(content)
-        return file.tell()
+def replace(path: Path, parts: Iterable[Any], *, ending: str = UNFINISHED) -> None:
+    """Put a file into its place, whole or not at all; its folders are made.
 
-
-def replace(path: Path, parts: Iterable[Any]) -> None:
-    """Put a file of these buffers into its place, whole or not at all; its folders are made.
+    Args:
+        path: the file, which may be there already.
+        parts: buffers, which are written one after the other.
+        ending: of the file's name while it is written.
 
     Raises:
         OSError: it cannot be written; what was there before is intact.
@@ -160,7 +234,7 @@ def replace(path: Path, parts: Iterable[Any]) -> None:
         write(path, parts)
         return
     # Not Path.with_suffix: the name must not end like a finished file.
-    temporary = path.parent / (path.name + UNFINISHED)
+    temporary = path.parent / (path.name + ending)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary, parts)
@@ -171,11 +245,96 @@ def replace(path: Path, parts: Iterable[Any]) -> None:
         raise
 
 
-def write_error(error: OSError, where: object, kept: str) -> StoreError:
-    """What a failed write is called; ``kept`` says what is safe and how to go on."""
+def append(path: Path, size: int, content: bytes) -> int:
+    """Write behind the beginning of a file.
+
+    Args:
+        path: the file.
+        size: how many of its bytes are kept.
+        content: what comes behind these.
+
+    Returns:
+        How long the file is then.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if not is_local(path):  # most stores of objects cannot append: small logs are written again
+        known = read_bytes(path)[:size] if size else b""
+        write(path, [known + content])
+    else:
+        with path.open("ab") as file:
+            file.truncate(size)
+            file.write(content)
+    return size + len(content)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it.
+
+    Args:
+        path: what is there; a link is deleted, and not what it leads to.
+
+    Raises:
+        OSError: it is not there, or cannot be deleted.
+    """
+    if not is_local(path):
+        _files(path).rm(_name(path), recursive=True)
+    elif path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def remove_unfinished(folder: Path, *, ending: str = UNFINISHED) -> None:
+    """Delete what a kill left half written in a folder and in the folders below it.
+
+    Args:
+        folder: whoever else writes there must have been kept out.
+        ending: see :func:`replace`.
+
+    Raises:
+        OSError: it cannot be deleted.
+    """
+    if is_local(folder):  # elsewhere a file is there or it is not
+        for path in folder.rglob("*" + ending):
+            path.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------- errors
+def reason(error: OSError) -> str:
+    """Why a file could not be read or written, in the system's words.
+
+    Args:
+        error: what was raised.
+
+    Returns:
+        A clause.
+
+    Example:
+        >>> reason(FileNotFoundError()), reason(NotPlainError("it is a symbolic link"))
+        ('not found', 'it is a symbolic link')
+    """
+    if error.strerror:
+        return error.strerror
+    return "not found" if isinstance(error, FileNotFoundError) else str(error)
+
+
+def write_error(error: OSError, where: object, kept: str, *, what: str = "this") -> StoreError:
+    """What a failed write is called.
+
+    Args:
+        error: what was raised.
+        where: the file or folder.
+        kept: what is safe, and how to go on.
+        what: what was to be written.
+
+    Returns:
+        The error to raise.
+    """
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return StoreError(
-        "the disk is full" if full else f"this cannot be written: {error.strerror or error}",
+        "the disk is full" if full else f"{what} cannot be written: {reason(error)}",
         where=where,
-        remedy=f"{'free some space' if full else 'check the permissions of the folder'}; {kept}",
+        remedy=("free some space" if full else "check the folder's permissions") + f"; {kept}",
     )

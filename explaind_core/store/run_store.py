@@ -28,19 +28,28 @@ from torch import Tensor
 
 from explaind_core.errors import StoreError
 from explaind_core.store.json_schema import COUNT, MANIFEST, mismatch
-from explaind_core.store.locations import UNFINISHED, is_local, look_again, remove
+from explaind_core.store.locations import UNFINISHED, is_local, look_again, names_in, remove, total_bytes
 from explaind_core.store.store_files import MANIFEST_NAME, VERSION, StoredFile, StoreFiles
 from explaind_core.store.tensor_file import Contents
-from explaind_core.store.writing_lock import LOCK_NAME, WritingLock
+from explaind_core.store.writing_lock import LockWords, WritingLock
 
-__all__ = ["FORMAT", "VERSION", "RunStore", "StoredFile"]
+__all__ = ["FORMAT", "LOCK_NAME", "VERSION", "RunStore", "StoredFile"]
 
 FORMAT = "explaind-run"
 #: Versions that are read; only the newest is written.
 READABLE = (1, 2)
+LOCK_NAME = "writing.lock"
 CLOSED_NAME = "closed.json"
 LOG_NAME = "metrics.jsonl"
 _HASH = "[0-9a-f]{32}"
+_LOCK_WORDS = LockWords(
+    taken="this run is being recorded already",
+    remedy="wait until it has finished, or choose another path; "
+    "a process that was killed may have left children that still hold it: end them",
+    kept="nothing was written",
+    same_process="another Recorder of this process",
+    same_process_remedy="close() that Recorder first, or stop() it if its training was interrupted",
+)
 
 
 class RunStore(StoreFiles):
@@ -119,7 +128,7 @@ class RunStore(StoreFiles):
             StoreError: another one is, or the folder cannot be written.
         """
         if is_local(self.path):
-            self._lock = WritingLock(self.path)
+            self._lock = WritingLock(self.path / LOCK_NAME, where=self.path, words=_LOCK_WORDS)
 
     def unlock(self) -> None:
         """Let others write the run."""
@@ -129,9 +138,14 @@ class RunStore(StoreFiles):
 
     def delete(self) -> None:
         """Delete the run, by whoever holds its lock, which is kept."""
-        for path in self.path.iterdir():
-            if path.name != LOCK_NAME:
-                remove(path)
+        for name in names_in(self.path):
+            if name != LOCK_NAME:
+                remove(self.path / name)
+
+    @property
+    def bytes(self) -> int:
+        """The size of all its files."""
+        return total_bytes(self.path)
 
     # ------------------------------------------------------------------ manifest
     def read_manifest(self, *, damaged: bool = False) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from explaind_core import trees
 from explaind_core.errors import StoreError
 from explaind_core.rules import each_optimizer
 from explaind_core.store.locations import is_local
+from explaind_core.store.readable_size import readable_size
 
 __all__ = ["StoreSize", "check_space", "store_size"]
 
@@ -41,8 +42,10 @@ class StoreSize:
     total: int
 
     def __str__(self) -> str:
-        parts = f"{_human(self.per_step)} a step, {_human(self.snapshot)} a snapshot, {_human(self.batch)} a batch"
-        return f"at most {_human(self.total)} for {self.steps} steps ({parts})"
+        step, snapshot, batch, total = (
+            readable_size(size, disk=True) for size in (self.per_step, self.snapshot, self.batch, self.total)
+        )
+        return f"at most {total} for {self.steps} steps ({step} a step, {snapshot} a snapshot, {batch} a batch)"
 
 
 def store_size(
@@ -104,7 +107,7 @@ def check_space(path: Path, size: StoreSize) -> None:
             "the run may not fit on the disk",
             where=path,
             expected=size,
-            got=f"{_human(free)} free",
+            got=f"{readable_size(free, disk=True)} free",
             remedy="free some space, choose another path, record with mode='parameters' or mode='snapshots'; or leave "
             "out expected_steps=: compressed, it will be smaller",
         )
@@ -112,11 +115,3 @@ def check_space(path: Path, size: StoreSize) -> None:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _human(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor
 from explaind_core import trees
 from explaind_core.errors import StoreError
 from explaind_core.store import sealed_json as sealed
-from explaind_core.store.locations import NotPlainError, append, locate, opened, read_bytes, replace
+from explaind_core.store.locations import append, locate, opened, read_bytes, reason, replace, write_error
 from explaind_core.store.tensor_file import Contents, Damage, encode, read_contents, read_entry
 
 __all__ = ["MANIFEST_NAME", "VERSION", "StoreFiles", "StoredFile"]
@@ -150,13 +149,8 @@ class StoreFiles:
             raise self._write_error(path, error) from error
 
     def _write_error(self, path: Path, error: OSError) -> StoreError:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        return StoreError(
-            "the disk is full" if full else f"the run store cannot be written: {error.strerror or error}",
-            where=path,
-            remedy=("free some space" if full else "check the folder's permissions")
-            + f"; the steps recorded so far are intact: explaind.open_run({str(self.path)!r}, ...) reads them",
-        )
+        kept = f"the steps recorded so far are intact: explaind.open_run({str(self.path)!r}, ...) reads them"
+        return write_error(error, path, kept, what="the run store")
 
     # ------------------------------------------------------------------ reading
     def read_tensors(self, path: Path, *, what: str, only: str | tuple[str, ...] = "") -> StoredFile:
@@ -215,8 +209,7 @@ class StoreFiles:
             raise self._read_error(path, what, error) from error
 
     def _read_error(self, path: Path, what: str, error: OSError) -> StoreError:
-        words = str(error) if isinstance(error, NotPlainError) else error.strerror or error
-        return StoreError(f"{what} cannot be read: {words}", where=path, remedy=self._remedy(path))
+        return StoreError(f"{what} cannot be read: {reason(error)}", where=path, remedy=self._remedy(path))
 
     def unflatten(self, structure: Any, tensors: Mapping[str, Tensor], path: Path, *, what: str) -> Any:
         """Rebuild nested data from a file (:func:`explaind_core.trees.unflatten`).

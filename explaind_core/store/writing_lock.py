@@ -1,67 +1,87 @@
-"""One writer a run: a lock that the system itself releases when its process dies, however it dies."""
+"""One writer at a time, of a run or of a result: a lock that the system itself releases when its process dies."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import platform
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import filelock
 
 from explaind_core.errors import StoreError
 from explaind_core.store.locations import write_error
 
-__all__ = ["LOCK_NAME", "WritingLock"]
+__all__ = ["LockWords", "WritingLock"]
 
-LOCK_NAME = "writing.lock"
+
+@dataclass(frozen=True)
+class LockWords:
+    """What is said to whom a lock keeps out.
+
+    Attributes:
+        taken: that another one writes, in a sentence.
+        remedy: what to do where another process does.
+        kept: what is safe where the lock itself cannot be written.
+        same_process: who the other one is where it belongs to this process.
+        same_process_remedy: what to do then; as for another process where it is empty.
+    """
+
+    taken: str
+    remedy: str
+    kept: str
+    same_process: str = "this process"
+    same_process_remedy: str = ""
 
 
 class WritingLock:
-    """Held by whoever records into a folder; readers neither take it nor wait for it.
+    """Held by whoever writes into a folder; readers neither take it nor wait for it.
 
-    The file says who holds it. One that was left behind by a killed process is nobody's, and is taken over.
+    The file says who holds it. One that was left behind by a killed process is nobody's, and is taken over. It is for
+    folders of this machine; elsewhere nobody can tell.
 
     Args:
-        folder: the run's folder, which is made.
+        path: the lock's file; its folder is made.
+        where: what is written, for errors.
+        words: what is said to whom it keeps out.
 
     Raises:
         StoreError: somebody else holds it, or the folder cannot be written.
 
     Example:
         >>> import tempfile
+        >>> words = LockWords("this is being written already", "wait until it has finished", "nothing was written")
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     lock = WritingLock(Path(folder))
-        ...     try:
-        ...         WritingLock(Path(folder))
-        ...     except StoreError as error:
-        ...         print(error.what)
-        ...     lock.release()
-        this run is being recorded already
+        ...     with WritingLock(Path(folder) / "writing.lock", where=folder, words=words):
+        ...         try:
+        ...             WritingLock(Path(folder) / "writing.lock", where=folder, words=words)
+        ...         except StoreError as error:
+        ...             print(error.what, error.got, sep="; ")
+        this is being written already; writing.lock is held by this process
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / LOCK_NAME
-        self._lock = filelock.FileLock(self._path, timeout=0)
+    def __init__(self, path: Path, *, where: object, words: LockWords) -> None:
+        self._path = path
+        self._lock = filelock.FileLock(path, timeout=0)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
-            self._path.write_text(f"process {os.getpid()} on {platform.node()}\n")
         except filelock.Timeout:
             holder = self._holder()
             own = holder.startswith(f"process {os.getpid()} ")
             raise StoreError(
-                "this run is being recorded already",
-                where=folder,
-                got=f"{LOCK_NAME} is held by {'another Recorder of this process' if own else holder}",
-                remedy="close() that Recorder first, or stop() it if its training was interrupted"
-                if own
-                else "wait until it has finished, or choose another path; "
-                "a process that was killed may have left children that still hold it: end them",
+                words.taken,
+                where=where,
+                got=f"{path.name} is held by {words.same_process if own else holder}",
+                remedy=(own and words.same_process_remedy) or words.remedy,
             ) from None
         except OSError as error:
-            self._lock.release()
-            raise write_error(error, self._path, "nothing was written") from error
+            raise write_error(error, path, words.kept) from error
+        with contextlib.suppress(OSError):  # held is held: what a full disk lacks is told by what is written next
+            path.write_text(f"process {os.getpid()} on {platform.node()}\n")
 
     def _holder(self) -> str:
         try:
@@ -75,3 +95,11 @@ class WritingLock:
             with contextlib.suppress(OSError):
                 self._path.unlink(missing_ok=True)  # while it is held, so that nobody else's goes
             self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()

@@ -272,8 +272,11 @@ def test_two_processes_do_not_write_one_result(tmp_path):
     other.start()
     try:
         assert begun.wait(240)
-        with pytest.raises(StoreError, match=r"another process is writing this result[\s\S]*choose another out="):
+        with pytest.raises(
+            StoreError, match=r"another process is writing this result[\s\S]*choose another out="
+        ) as told:
             ask(tmp_path / "result.zarr")
+        assert f"result.zarr.lock is held by process {other.pid} on " in str(told.value)
     finally:
         other.kill()
         other.join(60)
@@ -351,6 +354,14 @@ def test_a_result_may_lie_elsewhere():
         explaind.open_result("memory://somewhere/else")
     with pytest.raises(QuestionError, match="another question"):
         ask(path, nodes=3)
+
+
+def test_an_address_of_this_machine_is_a_path_and_an_unknown_one_is_refused(tmp_path):
+    xr.testing.assert_identical(ask(f"file://{tmp_path}/result.zarr").load(), ask(None))
+    xr.testing.assert_identical(explaind.open_result(tmp_path / "result.zarr").load(), ask(None))
+    for asked in (explaind.open_result, ask):
+        with pytest.raises(StoreError, match=r"no such kind of address here[\s\S]*nowhere://result"):
+            asked("nowhere://result")
 
 
 # ------------------------------------------------------------------ temporary files

@@ -11,7 +11,17 @@ from upath import UPath
 import explaind_core as explaind
 from explaind_core import errors
 from explaind_core.store.integrity import damages
-from explaind_core.store.locations import locate
+from explaind_core.store.locations import (
+    NotPlainError,
+    append,
+    locate,
+    names_in,
+    read_bytes,
+    remove,
+    remove_unfinished,
+    replace,
+    total_bytes,
+)
 from explaind_core.store.run_store import RunStore
 from support.interrupted_training import STEPS, Training, held
 
@@ -92,3 +102,45 @@ def test_a_write_elsewhere_that_fails_is_told(address, monkeypatch):
     monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "pipe_file", full)
     with pytest.raises(errors.StoreError, match=r"cannot be written: quota exceeded"):
         Training().record(address)
+
+
+def test_the_size_of_a_run_is_that_of_its_files_wherever_it_lies(address, tmp_path):
+    Training().record(address)
+    Training().record(tmp_path / "run")
+    there, here = explaind.open_run(address), explaind.open_run(tmp_path / "run")
+    assert here.bytes == sum(p.stat().st_size for p in here.path.rglob("*") if p.is_file())
+    sizes = fsspec.filesystem("memory").find(address, detail=True)
+    assert there.bytes == sum(entry["size"] for entry in sizes.values()) == pytest.approx(here.bytes, rel=0.01)
+    assert total_bytes(locate(f"{address}/nothing")) == total_bytes(tmp_path / "nothing") == 0
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_files_are_put_listed_and_removed_alike(address, tmp_path, local):
+    folder = tmp_path / "folder" if local else locate(address)
+    assert names_in(folder) == []
+    for name in ("b", "a/c"):
+        replace(folder / name, [b"12", b"345"])
+    assert names_in(folder) == ["a", "b"]
+    assert read_bytes(folder / "a/c") == b"12345"
+    assert append(folder / "b", 2, b"x") == 3
+    assert read_bytes(folder / "b") == b"12x"
+    assert total_bytes(folder) == 8
+    remove(folder / "a")
+    assert names_in(folder) == ["b"]
+    with pytest.raises(FileNotFoundError):
+        read_bytes(folder / "a/c")
+
+
+def test_a_link_is_followed_only_where_that_is_asked_for(tmp_path):
+    (tmp_path / "file").write_bytes(b"1")
+    (tmp_path / "link").symlink_to("file")
+    with pytest.raises(NotPlainError, match="symbolic link"):
+        read_bytes(tmp_path / "link")
+    assert read_bytes(tmp_path / "link", follow_links=True) == b"1"
+
+
+def test_what_a_kill_left_half_written_is_removed_by_its_ending(tmp_path):
+    for name in ("a.partial", "folder/b.unfinished", "folder/c.partial", "folder/d"):
+        replace(tmp_path / name, [b""])
+    remove_unfinished(tmp_path, ending=".partial")
+    assert (names_in(tmp_path), names_in(tmp_path / "folder")) == (["folder"], ["b.unfinished", "d"])

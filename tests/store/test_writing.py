@@ -15,8 +15,7 @@ import explaind_core as explaind
 from explaind_core import errors
 from explaind_core.store import locations
 from explaind_core.store.integrity import damages
-from explaind_core.store.run_store import RunStore
-from explaind_core.store.writing_lock import LOCK_NAME
+from explaind_core.store.run_store import LOCK_NAME, RunStore
 from support.interrupted_training import STEPS, Training, held
 
 
@@ -42,9 +41,9 @@ def test_a_second_recorder_is_refused_until_the_first_is_closed(tmp_path):
 
 OTHER = """
 import sys, time
-from pathlib import Path
-from explaind_core.store.writing_lock import WritingLock
-lock = WritingLock(Path(sys.argv[1]))
+from explaind_core.store.run_store import RunStore
+store = RunStore(sys.argv[1])
+store.lock()
 print("held", flush=True)
 time.sleep(60)
 """
