@@ -14,11 +14,9 @@ from torch import Tensor
 
 from explaind_core import trees
 from explaind_core.questions import AXES, GRADIENT_AXES, Contribution, Places, Question, reduced
+from explaind_core.results import COUNTS, totals
 
 __all__ = ["Frame"]
-
-#: What is kept of every window, and how windows, or blocks of test samples, are put together.
-_COUNTS = {"nodes": np.sum, "evaluations": np.sum, "converged": np.all, "update_error": np.max, "correction": np.max}
 
 
 class Frame:
@@ -57,8 +55,7 @@ class Frame:
         keeps_step = "step" in self.dims
         rows: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in (*self.terms, *self.edges)}
         windows: list[int] = []
-        counts: dict[str, list[Any]] = {name: [] for name in _COUNTS}
-        missed = 0
+        counts: dict[str, list[Any]] = {name: [] for name in COUNTS}
         for part in parts:
             residual = part.residual.numpy().copy()
             for name in self.terms:
@@ -74,7 +71,6 @@ class Frame:
             if "statistics" in rows:
                 rows["statistics"].append(part.statistics.numpy())
             windows.append(part.window)
-            missed += part.missed
             for name, values in counts.items():
                 values.append(getattr(part, name))
         variables: dict[str, Any] = {}
@@ -87,16 +83,10 @@ class Frame:
             del counts["correction"]
         attributes = self.attributes()  # after the parts: facts are found on the way
         if keeps_step:
-            variables |= {name: ("step", np.array(values)) for name, values in counts.items()}
+            kept = {name: COUNTS[name].array(values) for name, values in counts.items() if COUNTS[name].along_step}
+            variables |= {name: ("step", values) for name, values in kept.items()}
         else:
-            attributes |= {
-                "nodes_used": int(np.sum(counts["nodes"])),
-                "nodes_evaluated": int(np.sum(counts["evaluations"])),
-                "steps_not_converged": missed,
-                "update_error": float(np.max(counts["update_error"])),
-            }
-            if "correction" in counts:
-                attributes["correction"] = float(np.max(counts["correction"]))
+            attributes |= totals(counts)
         return xr.Dataset(variables, coords=self.coordinates(windows, block), attrs=attributes)
 
     @staticmethod
@@ -123,12 +113,7 @@ class Frame:
                 residual=torch.cat([p.residual for p in parts], edge),
                 omitted=torch.cat([p.omitted for p in parts], edge),
                 statistics=torch.cat([p.statistics for p in parts], edge),
-                nodes=max(p.nodes for p in parts),
-                evaluations=max(p.evaluations for p in parts),
-                converged=all(p.converged for p in parts),
-                update_error=max(p.update_error for p in parts),
-                correction=max(p.correction for p in parts),
-                missed=max(p.missed for p in parts),
+                **{name: count.over_all_blocks([getattr(p, name) for p in parts]) for name, count in COUNTS.items()},
             )
             for parts in zip(*blocks, strict=True)
         ]

@@ -29,6 +29,7 @@ from explaind_core.derivatives import ExplainedFunction, Quadrature, as_output
 from explaind_core.errors import NonFiniteError, QuestionError
 from explaind_core.progress import track
 from explaind_core.questions import Layer, LayerSpec, resolve_layers
+from explaind_core.results import COUNTS, totals
 from explaind_core.strategies import StepContribution, refine
 from explaind_core.training_step import LossFunction, ParameterInfo
 
@@ -184,7 +185,7 @@ class _Frame:
 
     def __post_init__(self) -> None:
         self.rows: dict[str, list[np.ndarray[Any, Any]]] = {"change": [], "residual": [], "omitted": []}
-        self.effort: list[tuple[int, int, bool]] = []
+        self.counts: dict[str, list[Any]] = {name: [] for name in ("nodes", "evaluations", "converged", "missed")}
 
     def add(self, part: StepContribution) -> None:
         """One segment."""
@@ -195,7 +196,9 @@ class _Frame:
                 rows.append(reduced)
             else:
                 rows[0] = rows[0] + reduced
-        self.effort.append((part.nodes, part.evaluations, part.converged))
+        found = (part.nodes, part.evaluations, part.converged, not part.converged)
+        for numbers, number in zip(self.counts.values(), found, strict=True):
+            numbers.append(number)
 
     def _reduced(self, values: Tensor) -> np.ndarray[Any, Any]:
         """Sum over the axes that are not kept; ``values`` has the last two or three of them."""
@@ -218,17 +221,12 @@ class _Frame:
             "output": np.arange(self.initial.shape[1]),
         }  # fmt: skip
         coordinates: dict[str, Any] = {axis: names[axis] for axis in self.kept}
-        nodes, evaluations, converged = (np.array(values) for values in zip(*self.effort, strict=True))
         if "step" in self.kept:
             coordinates["from"] = ("step", list(labels[:-1]))
-            efforts = {"nodes": nodes, "evaluations": evaluations, "converged": converged}
-            variables |= {name: ("step", values) for name, values in efforts.items()}
+            kept = {name: COUNTS[name].array(values) for name, values in self.counts.items() if COUNTS[name].along_step}
+            variables |= {name: ("step", values) for name, values in kept.items()}
         else:
-            attributes |= {
-                "nodes_used": int(nodes.sum()),
-                "nodes_evaluated": int(evaluations.sum()),
-                "steps_not_converged": int((~converged).sum()),
-            }
+            attributes |= totals(self.counts)
         return xr.Dataset(variables, coords=coordinates, attrs=attributes)
 
 

@@ -19,6 +19,7 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from explaind_core.errors import QuestionError, StoreError
+from explaind_core.results.counts import COUNTS
 from explaind_core.results.stored_result import ForeignError, Record, check_files, checksum, read_record, stored_result
 from explaind_core.results.zarr_folder import PARTIAL, zarr_store
 from explaind_core.store import (
@@ -40,14 +41,8 @@ BLOCK = 50
 _CHUNK = 2**27
 #: Attributes that are known only when something was computed.
 _FOUND = ("tail_dropped", "gradient_factor")
-#: Attributes of a result without the step axis that are joined to the largest of any block.
-_LARGEST = ("nodes_used", "nodes_evaluated", "steps_not_converged", "update_error", "correction")
-#: How what is counted over the step axis is joined, where test samples come in blocks. Joining a block twice, after a
-#: kill, is joining it once.
-_JOINED = {
-    "nodes": np.maximum, "evaluations": np.maximum, "converged": np.logical_and, "update_error": np.maximum,
-    "correction": np.maximum,
-}  # fmt: skip
+#: Attributes of a result without the step axis that count something.
+_COUNTED = {count.attribute: count for count in COUNTS.values() if count.attribute}
 _LOCK_WORDS = LockWords(
     taken="another process is writing this result",
     remedy="let it finish and ask again, which reads the finished result; or choose another out=",
@@ -194,8 +189,8 @@ class ResultWriter:
                 array[tuple(entries if dim == axis else slice(None) for dim in variable.dims)] = variable.values
             elif not self.done:
                 array[...] = variable.values
-            elif name in _JOINED:
-                array[...] = _JOINED[str(name)](array[...], variable.values)
+            elif name in COUNTS:  # what is counted over the step axis, where test samples come in blocks
+                array[...] = COUNTS[str(name)].over_blocks(array[...], variable.values)
 
     def _joined(self, block: xr.Dataset, labels: Mapping[str, Any]) -> dict[str, Any]:
         """The attributes of all blocks up to this one."""
@@ -205,11 +200,13 @@ class ResultWriter:
             found["coordinates"] = " ".join(auxiliary)  # how xarray tells labels from variables
         if not self.done:
             return found
-        found |= {name: max(found[name], known[name]) for name in _LARGEST if name in found and name in known}
+        for name, count in _COUNTED.items():
+            if name in found and name in known:
+                found[name] = count.over_all_blocks((found[name], known[name]))
         if "gradient_factor" in found and "gradient_factor" in known:
             pairs = (found["gradient_factor"], known["gradient_factor"])
             found["gradient_factor"] = [min(low for low, _ in pairs), max(high for _, high in pairs)]
-        return {**known, **{name: found[name] for name in (*_FOUND, *_LARGEST) if name in found}}
+        return {**known, **{name: found[name] for name in (*_FOUND, *_COUNTED) if name in found}}
 
     # ------------------------------------------------------------------ what is there
     def _look(self) -> None:
