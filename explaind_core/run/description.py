@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from explaind_core.run.steps import StoredSteps
+from explaind_core.run.step_records import StepRecords
 
 __all__ = ["RunDescription"]
 
@@ -16,10 +16,18 @@ class RunDescription:
     """What a run says of itself. What earlier versions of the format did not keep is None.
 
     Attributes:
-        format: its version. run: the run's own name. steps, complete, mode: as of :class:`explaind_core.Run`.
-        model, loss: qualified names. optimizers: class name -> hyper-parameters of every group when recording began.
-        rules: the qualified names of their rules. parameters: how many numbers the model has. bytes: on disk.
+        format: its version.
+        run: the run's own name.
+        steps: how many.
+        complete: whether the recording ended in order.
+        mode: what was stored, as of :class:`explaind_core.Run`.
+        model: its qualified name.
+        parameters: how many numbers the model has.
+        loss: its qualified name.
+        optimizers: (class name, hyper-parameters of every group when recording began) each.
+        rules: the qualified names of their rules.
         data: a digest over the contents, ids and order of all batches up to the last step.
+        bytes: on disk.
         provenance: versions, platform, seed, threads, time and git commit when recording began.
 
     Example:
@@ -46,8 +54,15 @@ class RunDescription:
     provenance: Mapping[str, Any] | None
 
     @classmethod
-    def of(cls, run: StoredSteps) -> RunDescription:
-        """The description of a run."""
+    def of(cls, run: StepRecords) -> RunDescription:
+        """The description of a run.
+
+        Args:
+            run: any.
+
+        Returns:
+            What it says of itself; printed, a table.
+        """
         manifest, last = run.manifest, run.steps[-1] if run.steps else 0
         groups = run.hyper(1) if run.steps else None
         optimizers = []

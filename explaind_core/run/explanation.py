@@ -36,13 +36,22 @@ class ExplainedSteps(StoredSteps):
 
     Args:
         store: where they lie.
-        until: look at the steps 1..until only.
+        until: look at the steps 1..until only; None for all.
         damaged: read all that is intact.
         dataset: where inputs that were not stored are read again.
         point: which parameters ``theta`` returns, see :func:`explaind_core.open_run`.
         rule: the rule, or a list with one for each optimizer, instead of the registered ones.
         registry: the plugins to look for rules in; all installed ones by default.
         make_optimizer: what builds the optimizer, or a list for several, where a class alone does not.
+
+    Attributes:
+        registry: the plugins.
+        rule: the rule that was given, or inferred; None where the registered one explains the run.
+        optimizer_makers: what builds each of the optimizers; None where its class does.
+
+    Raises:
+        QuestionError: there is no such point; there is not one rule or maker for each optimizer.
+        StoreError: there is no run, or it is damaged.
     """
 
     def __init__(
@@ -98,6 +107,15 @@ class ExplainedSteps(StoredSteps):
         """The recorded class, found without importing what a file names.
 
         Only classes that are already loaded, or that a registered rule speaks for, are considered.
+
+        Args:
+            name: its qualified name.
+
+        Returns:
+            The class.
+
+        Raises:
+            StoreError: it is not known, or not installed, here.
         """
         pending = [torch.optim.Optimizer]
         while pending:
@@ -126,7 +144,14 @@ class ExplainedSteps(StoredSteps):
     def rule_for(self, optimizers: Sequence[torch.optim.Optimizer]) -> RegisteredRule:
         """The rule the run was recorded with (as registered now), or the one it is to be explained by.
 
-        Of a run of several optimizers, their rules as one (:class:`explaind_core.rules.JointRule`).
+        Args:
+            optimizers: the run's, rebuilt.
+
+        Returns:
+            The rule; of a run of several optimizers, their rules as one (:class:`explaind_core.rules.JointRule`).
+
+        Raises:
+            RuleNotFoundError: another rule is registered for an optimizer than the run was recorded with.
         """
         if self.rule is not None and not isinstance(self.rule, JointRule):  # it speaks for all of them
             return RegisteredRule(self.rule, "given", "given", "-")

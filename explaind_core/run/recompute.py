@@ -1,8 +1,9 @@
-"""Steps of a run that were not stored, computed again and compared bit by bit with the hashes that were.
+"""Steps that were not stored, computed again by training itself: model, batch, loss, backward, and the optimizer.
 
-Of ``mode="parameters"`` the gradient of a step is computed again at the recorded theta_{s-1}. Of ``mode="snapshots"``
-training itself is run again from the snapshot before: forward, loss, backward, clipping, the real optimizer's step. A
-step that does not come out as it was recorded is an error: nothing is ever explained that did not happen.
+They are compared bit by bit with the hashes that were stored. Of ``mode="parameters"`` the gradient of a step is
+computed again at the recorded theta_{s-1}. Of ``mode="snapshots"`` training itself is run again from the snapshot
+before: forward, loss, backward, clipping, the real optimizer's step. A step that does not come out as it was recorded
+is an error: nothing is ever explained that did not happen.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class Recomputation:
     Args:
         run: recorded with ``mode="parameters"`` or ``mode="snapshots"``.
         model: a private copy of the architecture as it was trained; its parameters and buffers are written to.
-        loss, gradient, penalty: as the loop had them; see :class:`explaind_core.training_step.Recipe`.
+        loss: as the loop had it; see :class:`explaind_core.training_step.Recipe`.
+        gradient: what runs a micro-batch's backward pass as the loop did.
+        penalty: the term of the loss that depends on the parameters alone.
 
     Raises:
         QuestionError: the model is missing, or the loss.
@@ -109,6 +112,12 @@ class Recomputation:
     # ------------------------------------------------------------------ snapshots
     def stored(self, s: int) -> StoredFile:
         """Step s as ``mode="steps"`` would have stored it.
+
+        Args:
+            s: 1..N. All steps of its stretch between two snapshots are computed, and kept on disk for a while.
+
+        Returns:
+            The header and the tensors of its file.
 
         Raises:
             StoreError: computed again, a step is not the one that was recorded.

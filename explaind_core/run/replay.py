@@ -1,4 +1,4 @@
-"""Replays the optimizer, or several, on the recorded gradients: its states before and after every step.
+"""The optimizer, replayed on recorded gradients: its states around every step; no model and no batch is needed.
 
 The store keeps gradients and parameters, not the optimizer's states. The real optimizer, fed with the
 recorded parameters and gradients, passes through the same states again, and what it makes of the
@@ -31,10 +31,15 @@ class ReplayedStep:
     """One step, replayed. Tensors have the run's own dtypes.
 
     Attributes:
-        step: s. theta_before, theta: the recorded theta_{s-1} and theta_s, at the run's ``point``.
-        gradients: as fed. hyper, hyper_after: parameter name -> hyper-parameters of its group, before and after.
-        before, after: parameter name -> the optimizer's state of it.
+        step: s.
+        theta_before: the recorded theta_{s-1}, at the run's ``point``.
+        theta: the recorded theta_s, at the run's ``point``.
+        gradients: as fed, by parameter name.
+        hyper: parameter name -> hyper-parameters of its group, before the step.
+        before: parameter name -> the optimizer's state of it, before the step.
+        after: parameter name -> the optimizer's state of it, after the step.
         drift: largest ``|replayed theta_s - recorded theta_s|``: 0 on the machine that trained, as a rule.
+        hyper_after: parameter name -> hyper-parameters of its group, after the step.
         gradient_point: where the gradients were taken, if that is not theta_before.
     """
 
@@ -53,12 +58,23 @@ class ReplayedStep:
 class Replay:
     """The optimizer of a run, or its optimizers, rebuilt to be replayed.
 
+    Args:
+        run: with at least one step.
+        parameters: name -> what the optimizers train; the run's own, copied, by default.
+
     Attributes:
-        run: the run. optimizers: in the order in which they were given to the Recorder; one, for most runs.
+        run: the run.
+        optimizers: in the order in which they were given to the Recorder; one, for most runs.
 
     Raises:
         StoreError: its class is not known here, or cannot be built from the recorded hyper-parameters.
         RuleNotFoundError: the rule that the run was recorded with is not registered.
+
+    Example:
+        >>> from explaind_core.testing import record_example
+        >>> replay = Replay(record_example(steps=3))
+        >>> [(step.step, step.drift) for step in replay.steps()]
+        [(1, 0.0), (2, 0.0), (3, 0.0)]
     """
 
     def __init__(self, run: ExplainedSteps, parameters: Mapping[str, nn.Parameter] | None = None) -> None:
@@ -96,7 +112,11 @@ class Replay:
         return [{k: v for k, v in group.items() if k != OWNER} for group in groups if group[OWNER] == member]
 
     def load(self, state: State) -> None:
-        """Put the optimizers into a state by parameter name; the tensors are copied."""
+        """Put the optimizers into a state.
+
+        Args:
+            state: parameter name -> entries; the tensors are copied.
+        """
         for optimizer, built_with in zip(self.optimizers, self._built_with, strict=True):
             optimizer.state.clear()
             # Counters that its first step makes in its groups are not among what was recorded before that step.
@@ -115,12 +135,23 @@ class Replay:
                     optimizer.state[self._parameters[name]] = self._unclaimed.pop(name)
 
     def rule(self) -> RegisteredRule:
-        """The rule that explains these optimizers, see :meth:`ExplainedSteps.rule_for`."""
+        """The rule that explains these optimizers, see :meth:`ExplainedSteps.rule_for`.
+
+        Returns:
+            The rule; of several optimizers, their rules as one.
+
+        Raises:
+            RuleNotFoundError: it is not the one that the run was recorded with.
+        """
         return self.run.rule_for(self.optimizers)
 
     # ------------------------------------------------------------------ replaying
     def state(self) -> State:
-        """A copy of the optimizers' state, by parameter name."""
+        """A copy of the optimizers' state.
+
+        Returns:
+            Parameter name -> entries.
+        """
         names = {id(parameter): name for name, parameter in self._parameters.items()}
         held = {
             names[id(p)]: entries
@@ -134,7 +165,18 @@ class Replay:
         }
 
     def steps(self, *, until: int | None = None, start: int = 0) -> Iterator[ReplayedStep]:
-        """Replay from step ``start + 1`` (whose state must have been loaded; 0 is the run's start) to ``until``."""
+        """Replay steps, one after the other.
+
+        Args:
+            until: the last of them; the run's last by default.
+            start: the step before the first, whose state must have been loaded; 0 is the run's start.
+
+        Yields:
+            Each step, with the states before and after it.
+
+        Raises:
+            StoreError: a file is damaged; an optimizer iterates otherwise than it did in training.
+        """
         before_theta, trained = self.run.theta(start), self.run.theta(start, point="gradient")
         before_state = self.state()
         elsewhere = self.run.point != "gradient"
@@ -172,7 +214,13 @@ class Replay:
         gradients: dict[str, Tensor],
         outside: Mapping[str, Mapping[str, Tensor]],
     ) -> None:
-        """Make the optimizer's next step, from where the parameters and its state stand."""
+        """Make the optimizer's next step, from where the parameters and its state stand.
+
+        Args:
+            groups: hyper-parameters, see :meth:`StoredSteps.groups`.
+            gradients: what it is fed, by parameter name.
+            outside: see :meth:`StoredSteps.outside`.
+        """
         self._set_groups(groups)
         self._step(gradients, (), outside, (0,))
 
@@ -235,7 +283,14 @@ class Replay:
         self._claim()
 
     def state_after(self, s: int) -> State:
-        """The optimizer's state after step s, replayed from the nearest snapshot before it."""
+        """The optimizer's state after step s, replayed from the nearest snapshot before it.
+
+        Args:
+            s: 0..N.
+
+        Returns:
+            Parameter name -> entries.
+        """
         # The last step is made in any case: only the optimizer itself knows what it leaves in its groups.
         start = max(k for k in self.run.snapshots() if k < s or k == 0)
         self.load(self.run.optimizer_state(start))
@@ -244,7 +299,11 @@ class Replay:
         return self.state()
 
     def counters(self) -> list[list[dict[str, Any]]]:
-        """What each optimizer keeps in its groups beside its constructor's options: counters, estimates."""
+        """What each optimizer keeps in its groups beside its constructor's options: counters, estimates.
+
+        Returns:
+            For each optimizer one mapping a group.
+        """
         found = []
         for optimizer in self.optimizers:
             options = inspect.signature(type(optimizer)).parameters

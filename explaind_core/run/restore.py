@@ -1,4 +1,4 @@
-"""Puts a model and its optimizers back where a recorded step left them."""
+"""The user's own model and optimizers put back where a recorded step left them, to train on from there."""
 
 from __future__ import annotations
 
@@ -22,7 +22,20 @@ def restore(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     s: int | None = None,
 ) -> int:
-    """See :meth:`explaind_core.Run.restore`; the model is the run's."""
+    """See :meth:`explaind_core.Run.restore`.
+
+    Args:
+        run: the run.
+        model: of the run's architecture.
+        optimizer: one, or the list of several as it was given to the Recorder.
+        s: 0..N, the last step by default.
+
+    Returns:
+        s.
+
+    Raises:
+        QuestionError: there is no such step; these are not the optimizers that were recorded.
+    """
     s = len(run.steps) if s is None else run.check_step(s, first=0)
     optimizers = each_optimizer(optimizer)
     if len(optimizers) != len(run.optimizers):

@@ -39,6 +39,14 @@ class Run(ExplainedSteps):
         penalty: the term of the loss that depends on the parameters alone, None without.
         dataset: where batches that were not stored are read again, None without.
         point: which parameters ``theta`` returns: ``"gradient"`` or ``"evaluated"`` (see :func:`open_run`).
+
+    Example:
+        >>> from explaind_core.testing import record_example
+        >>> run = record_example(steps=3)
+        >>> run.steps, list(run.parameters), run.complete
+        (range(1, 4), ['0.weight', '0.bias', '2.weight', '2.bias'], True)
+        >>> (run.theta(3)["2.bias"] - run.theta(0)["2.bias"]).abs().max() > 0
+        tensor(True)
     """
 
     def __init__(
@@ -80,7 +88,14 @@ class Run(ExplainedSteps):
         )
 
     def explained_by(self, rule: UpdateRule) -> Run:
-        """The same run, explained by another rule."""
+        """The same run, explained by another rule.
+
+        Args:
+            rule: it speaks for all of the run's optimizers.
+
+        Returns:
+            A run that shares everything else with this one.
+        """
         other = copy.copy(self)
         other.rule = rule
         return other
@@ -107,7 +122,17 @@ class Run(ExplainedSteps):
         return private
 
     def model_in(self, training: bool) -> nn.Module:
-        """A private copy of the architecture in training or in evaluation mode."""
+        """A private copy of the architecture in training or in evaluation mode.
+
+        Args:
+            training: which of the two.
+
+        Returns:
+            The same module at every call.
+
+        Raises:
+            QuestionError: the run was opened without its model.
+        """
         if self.model is None:
             raise QuestionError(
                 "the run was opened without its model", where=self.path, remedy="open_run(path, model=model)"
@@ -132,7 +157,14 @@ class Run(ExplainedSteps):
         return RunDescription.of(self)
 
     def check_files(self, *, progress: bool = True) -> tuple[StoreError, ...]:
-        """Read every file of the run and compare it with its checksums: what is damaged or missing, an error each."""
+        """Read every file of the run and compare it with its checksums.
+
+        Args:
+            progress: show a bar.
+
+        Returns:
+            What is damaged or missing, an error each; empty where all is well.
+        """
         return damages(self.store, progress=progress)
 
     def restore(
@@ -147,8 +179,9 @@ class Run(ExplainedSteps):
         counters that some optimizers keep in their groups; options, such as a learning rate, are the loop's business.
 
         Args:
-            model: the architecture. optimizer: one, or the list of several as it was given to the Recorder.
-            s: the step.
+            model: the architecture.
+            optimizer: one, or the list of several as it was given to the Recorder.
+            s: 0..N, the last step by default.
 
         Returns:
             s.
@@ -200,11 +233,19 @@ def open_run(
             the rest is an error. By default such a run is refused at once.
         dataset: where the batches of a run recorded with ``inputs="reread"`` are read again, and compared.
 
+    Returns:
+        The run.
+
     Raises:
         StoreError: no run, another version, damaged, or recorded with another model.
+        QuestionError: there is no such point; there is not one rule or maker for each optimizer.
 
     Example:
         >>> import explaind_core as explaind
+        >>> from explaind_core.testing import record_example
+        >>> run = explaind.open_run(record_example(steps=3).path, until=2)
+        >>> len(run.steps), run.hyper(1)[0]["lr"]
+        (2, 0.01)
         >>> explaind.open_run("nowhere")
         Traceback (most recent call last):
         explaind_core.errors.StoreError: this is not a recorded run

@@ -19,7 +19,7 @@ from explaind_core.store.locations import (
     write_error,
 )
 from explaind_core.store.readable_size import parse_size, readable_size
-from explaind_core.store.run_store import FORMAT, RunStore
+from explaind_core.store.run_store import FORMAT, LOG_NAME, RunStore
 from explaind_core.store.scratch import WorkingFolder
 from explaind_core.store.size import StoreSize, check_space, store_size
 from explaind_core.store.store_files import MANIFEST_NAME, VERSION, StoredFile, StoreFiles
@@ -31,6 +31,7 @@ __all__ = [
     "COUNT",
     "DTYPES",
     "FORMAT",
+    "LOG_NAME",
     "MANIFEST_NAME",
     "STEP",
     "VERSION",

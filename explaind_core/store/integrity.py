@@ -10,7 +10,7 @@ from typing import Any
 from explaind_core.errors import StoreError
 from explaind_core.progress import track
 from explaind_core.store.json_schema import STEP, mismatch
-from explaind_core.store.run_store import RunStore
+from explaind_core.store.run_store import LOG_NAME, RunStore
 
 __all__ = ["damages"]
 
@@ -52,5 +52,5 @@ def damages(store: RunStore, *, progress: bool = False) -> tuple[StoreError, ...
             if batch is not None and batch not in names and not entry.get("reread"):
                 names[batch] = ""  # one that is missing is told once
                 tried(partial(store.check_file, batch, what=f"the batch of step {s}"))
-    tried(partial(store.read_lines, "metrics.jsonl", expected=lines, whole=bool(closed)))
+    tried(partial(store.read_lines, LOG_NAME, expected=lines, whole=bool(closed)))
     return tuple(found)

@@ -33,7 +33,7 @@ from explaind_core.store.store_files import MANIFEST_NAME, VERSION, StoredFile, 
 from explaind_core.store.tensor_file import Contents
 from explaind_core.store.writing_lock import LockWords, WritingLock
 
-__all__ = ["FORMAT", "LOCK_NAME", "VERSION", "RunStore", "StoredFile"]
+__all__ = ["FORMAT", "LOCK_NAME", "LOG_NAME", "VERSION", "RunStore", "StoredFile"]
 
 FORMAT = "explaind-run"
 #: Versions that are read; only the newest is written.

@@ -1,4 +1,4 @@
-"""Batches that are not stored but read again from their dataset, and must come out as they were seen."""
+"""A batch's inputs and targets, read again from the dataset instead of the store: they must be as they were seen."""
 
 from __future__ import annotations
 
