@@ -25,7 +25,13 @@ DRAWS = 2**32
 
 
 class IndexedItem(NamedTuple):
-    """One item as it was read: ``draw`` numbers the reading where items are drawn at random, and is 0 otherwise."""
+    """One item as it was read.
+
+    Attributes:
+        id: its position in the training set.
+        draw: the number of the reading where items are drawn at random, 0 otherwise.
+        item: what the dataset holds there.
+    """
 
     id: int
     draw: int
@@ -33,7 +39,13 @@ class IndexedItem(NamedTuple):
 
 
 class IndexedBatch(NamedTuple):
-    """A batch and its samples: ids int64 ``[n]``."""
+    """A batch and its samples.
+
+    Attributes:
+        ids: int64 ``[n]``.
+        inputs: of the model.
+        targets: of the loss.
+    """
 
     ids: Tensor
     inputs: Any
@@ -41,7 +53,14 @@ class IndexedBatch(NamedTuple):
 
 
 class DrawnBatch(NamedTuple):
-    """A batch of items that were drawn at random: ids and draws int64 ``[n]``."""
+    """A batch of items that were drawn at random.
+
+    Attributes:
+        ids: int64 ``[n]``.
+        inputs: of the model.
+        targets: of the loss.
+        draws: which reading of each: int64 ``[n]``.
+    """
 
     ids: Tensor
     inputs: Any
@@ -62,6 +81,9 @@ class IndexedDataset(Dataset[IndexedItem]):
         collate: makes a batch of a list of items, as a DataLoader's ``collate_fn``; torch's by default.
         targets: the key, or keys, of the targets in a batch that is a mapping; without it a batch is a pair
             (inputs, targets).
+
+    Raises:
+        RecordingError: its samples have no positions.
 
     Example:
         >>> data = IndexedDataset([(torch.tensor([float(i)]), i % 2) for i in range(4)])
@@ -116,7 +138,15 @@ class IndexedDataset(Dataset[IndexedItem]):
             return self.dataset[index]
 
     def batch(self, ids: Tensor, draws: Tensor | None = None) -> IndexedBatch | DrawnBatch:
-        """Read the batch of these samples (again)."""
+        """Read the batch of some samples (again).
+
+        Args:
+            ids: int64 ``[n]``.
+            draws: which reading of each, where there is a seed: int64 ``[n]``, 0 by default.
+
+        Returns:
+            The batch, with draws where there is a seed.
+        """
         numbers = torch.zeros_like(ids) if draws is None else draws
         items = [self._read(i, d) for i, d in zip(ids.tolist(), numbers.tolist(), strict=True)]
         return self._packed(ids, numbers, self.collate(items))
@@ -128,6 +158,13 @@ class IndexedDataset(Dataset[IndexedItem]):
 
 def split_targets(data: Any, targets: str | Sequence[str] | None) -> tuple[Any, Any]:
     """The inputs and the targets in a collated batch (see :class:`IndexedDataset`).
+
+    Args:
+        data: a batch as it was collated.
+        targets: see :class:`IndexedDataset`.
+
+    Returns:
+        (inputs, targets).
 
     Raises:
         RecordingError: it is neither a pair nor a mapping with those keys.
@@ -180,7 +217,11 @@ class _RandomState:
 
 # ---------------------------------------------------------------------- loaders
 class DrawSampler:
-    """A batch sampler's batches, each index with the number of its draw. It runs in the main process, in order."""
+    """A batch sampler's batches, each index with the number of its draw. It runs in the main process, in order.
+
+    Args:
+        batches: the batch sampler.
+    """
 
     def __init__(self, batches: Any) -> None:
         self.batches, self.epoch = batches, -1
@@ -194,7 +235,11 @@ class DrawSampler:
         return getattr(self.batches, name)
 
     def set_epoch(self, epoch: int) -> None:
-        """Number the draws to come as those of this epoch."""
+        """Number the draws to come as those of this epoch.
+
+        Args:
+            epoch: its number, counted from 0.
+        """
         self.epoch = epoch - 1
         if hasattr(self.batches, "set_epoch"):
             self.batches.set_epoch(epoch)
@@ -208,7 +253,12 @@ class DrawSampler:
 
 
 class Collated:
-    """Collates items without their ids, and packs both: ``pack(ids, draws, batch)``."""
+    """Collates items without their ids, and packs both.
+
+    Args:
+        collate: makes a batch of a list of items.
+        pack: ``pack(ids, draws, batch)``, what a loader yields.
+    """
 
     def __init__(self, collate: Callable[[list[Any]], Any], pack: Callable[[Tensor, Tensor, Any], Any]) -> None:
         self.collate, self.pack = collate, pack
@@ -231,7 +281,11 @@ def with_ids(
     Args:
         loader: over a map-style dataset (an :class:`IndexedDataset`, or one that will be wrapped).
         pack: what is yielded, ``pack(ids, draws, batch)``; an :class:`IndexedBatch` or :class:`DrawnBatch` by default.
-        seed, targets: as for :class:`IndexedDataset`, where the loader's dataset is none.
+        seed: as for :class:`IndexedDataset`, where the loader's dataset is none.
+        targets: likewise.
+
+    Returns:
+        A loader.
 
     Raises:
         RecordingError: its samples have no positions, or it does not make batches.
@@ -272,8 +326,12 @@ def indexed_loader(
 
     Args:
         dataset: map-style, or an :class:`IndexedDataset`, which brings its own seed, targets and collation.
-        seed, targets: see :class:`IndexedDataset`.
+        seed: see :class:`IndexedDataset`.
+        targets: see :class:`IndexedDataset`.
         options: of ``torch.utils.data.DataLoader``: batch_size, shuffle, sampler, num_workers, collate_fn, ...
+
+    Returns:
+        A loader.
 
     Example:
         >>> data = [(torch.tensor([float(i)]), i % 2) for i in range(4)]

@@ -16,6 +16,12 @@ _INNER = "_orig_mod"
 def plain(module: nn.Module) -> nn.Module:
     """The module that ``torch.compile`` was given; any other module itself.
 
+    Args:
+        module: any.
+
+    Returns:
+        The same object, not a copy.
+
     Example:
         >>> import torch
         >>> layer = torch.nn.Linear(1, 1)
@@ -30,6 +36,12 @@ def plain(module: nn.Module) -> nn.Module:
 def plain_name(name: str) -> str:
     """The name that a parameter, buffer or module has where nothing is compiled.
 
+    Args:
+        name: with the prefixes that compiling brings, or without.
+
+    Returns:
+        The name without them.
+
     Example:
         >>> plain_name("encoder._orig_mod.0.weight")
         'encoder.0.weight'
@@ -39,6 +51,12 @@ def plain_name(name: str) -> str:
 
 def plain_copy(model: nn.Module) -> nn.Module:
     """A copy of a module in which nothing is compiled, in no part of it.
+
+    Args:
+        model: any module; it is left as it is.
+
+    Returns:
+        The copy.
 
     Example:
         >>> import torch
@@ -56,6 +74,12 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
 def qualified_name(kind: type) -> str:
     """``module.Class``, by which a class is recorded and found again.
+
+    Args:
+        kind: any class.
+
+    Returns:
+        Its name.
 
     Example:
         >>> import torch

@@ -15,7 +15,11 @@ T = TypeVar("T")
 
 @contextmanager
 def bar() -> Iterator[Progress]:
-    """A progress display: description, bar, count, elapsed and remaining time."""
+    """A progress display: description, bar, count, elapsed and remaining time.
+
+    Yields:
+        The display; tasks are added to it with a ``note``.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -31,7 +35,20 @@ def bar() -> Iterator[Progress]:
 
 @contextmanager
 def counted(total: int, description: str, *, enabled: bool) -> Iterator[Callable[[int], object]]:
-    """A progress bar that is advanced by calling what is yielded with a number of items."""
+    """A progress bar that is advanced by calling what is yielded with a number of items.
+
+    Args:
+        total: how many items there are.
+        description: what is being done.
+        enabled: show it at all.
+
+    Yields:
+        A function to call with a number of items that are done.
+
+    Example:
+        >>> with counted(2, "counting", enabled=False) as advance:
+        ...     advance(2)
+    """
     if not enabled:
         yield lambda _: None
         return
@@ -41,7 +58,16 @@ def counted(total: int, description: str, *, enabled: bool) -> Iterator[Callable
 
 
 def track(items: Iterable[T], total: int, description: str, *, enabled: bool) -> Iterator[T]:
-    """Yield ``items`` behind a progress bar.
+    """Items, behind a progress bar.
+
+    Args:
+        items: any number of things.
+        total: how many.
+        description: what is being done with them.
+        enabled: show the bar at all.
+
+    Yields:
+        Each item.
 
     Example:
         >>> list(track([1, 2], total=2, description="counting", enabled=False))

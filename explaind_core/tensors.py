@@ -25,6 +25,10 @@ def _bad(values: Tensor) -> int:
 def check_gradients(gradients: Mapping[str, Tensor], step: int) -> None:
     """Refuse gradients that are not finite.
 
+    Args:
+        gradients: by parameter name; sparse ones may be among them.
+        step: the number of the step that is fed them.
+
     Raises:
         NonFiniteError: naming the parameter and the step.
 
@@ -50,6 +54,10 @@ def check_gradients(gradients: Mapping[str, Tensor], step: int) -> None:
 def check_parameters(theta: Mapping[str, Tensor], step: int) -> None:
     """Refuse parameters that a step made NaN or infinite.
 
+    Args:
+        theta: by parameter name.
+        step: the number of the step that made them.
+
     Raises:
         NonFiniteError: naming the parameter and the step.
     """
@@ -66,6 +74,12 @@ def check_parameters(theta: Mapping[str, Tensor], step: int) -> None:
 def tolerance(dtype: torch.dtype) -> float:
     """How far two ways to the same gradients or outputs may differ, relative to their size.
 
+    Args:
+        dtype: what both are computed in.
+
+    Returns:
+        A fraction.
+
     Example:
         >>> tolerance(torch.float64)
         1e-09
@@ -74,10 +88,24 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def copied(tensor: Tensor) -> Tensor:
-    """A copy in main memory that later changes do not reach."""
+    """A copy in main memory that later changes do not reach.
+
+    Args:
+        tensor: on any device.
+
+    Returns:
+        The copy, contiguous and without a gradient.
+    """
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def to_dense(tensor: Tensor) -> Tensor:
-    """A sparse tensor with its zeros filled in, a dense one as it is."""
+    """A sparse tensor with its zeros filled in, a dense one as it is.
+
+    Args:
+        tensor: sparse or dense.
+
+    Returns:
+        A dense tensor.
+    """
     return tensor.to_dense() if tensor.is_sparse else tensor

@@ -26,6 +26,9 @@ def flatten(tree: Any, where: str) -> tuple[Any, dict[str, Tensor]]:
         tree: tensors, numbers, strings, None, and lists, tuples and string-keyed mappings of these.
         where: what the tree is, for the error.
 
+    Returns:
+        The JSON value, and the tensors by the names that it gives them.
+
     Raises:
         RecordingError: the tree holds something else.
 
@@ -68,6 +71,16 @@ def flatten(tree: Any, where: str) -> tuple[Any, dict[str, Tensor]]:
 def unflatten(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
     """Rebuild what :func:`flatten` split.
 
+    Args:
+        structure: the JSON value.
+        tensors: by the names that it gives them.
+
+    Returns:
+        The tree.
+
+    Raises:
+        LookupError, TypeError, ValueError: these do not fit each other.
+
     Example:
         >>> import torch
         >>> unflatten(*flatten({"n": (1, torch.zeros(1))}, "example"))
@@ -90,7 +103,14 @@ def unflatten(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
-    """``tree`` with ``function`` applied to each tensor; containers are copied, other leaves kept.
+    """A tree with a function applied to each of its tensors; containers are copied, other leaves kept.
+
+    Args:
+        function: of one tensor.
+        tree: lists, tuples and mappings of anything.
+
+    Returns:
+        The new tree.
 
     Example:
         >>> import torch
@@ -109,7 +129,13 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
 
 
 def leaves(tree: Any) -> list[Tensor]:
-    """All tensors in ``tree``, in order.
+    """All tensors in a tree.
+
+    Args:
+        tree: lists, tuples and mappings of anything.
+
+    Returns:
+        The tensors, in order.
 
     Example:
         >>> import torch
@@ -127,7 +153,20 @@ def leaves(tree: Any) -> list[Tensor]:
 
 
 def rebuilt(tree: Any, tensors: Iterator[Tensor]) -> Any:
-    """``tree`` with other tensors, in the order of ``trees.leaves``; its containers keep their classes."""
+    """A tree with other tensors in the place of its own; its containers keep their classes.
+
+    Args:
+        tree: lists, tuples and mappings of anything.
+        tensors: as many as the tree has, in the order of :func:`leaves`.
+
+    Returns:
+        The new tree.
+
+    Example:
+        >>> import torch
+        >>> rebuilt({"a": torch.zeros(1), "b": (torch.zeros(1), 3)}, iter([torch.ones(1), torch.ones(1)]))
+        {'a': tensor([1.]), 'b': (tensor([1.]), 3)}
+    """
     if isinstance(tree, Tensor):
         return next(tensors)
     if isinstance(tree, tuple):

@@ -19,14 +19,29 @@ _MANIFEST: Any = {"format": str, "version": int, "run": str, "model": str, "labe
 
 
 class CheckpointStore(StoreFiles):
-    """A folder of checkpoints in order: ``manifest.json`` and ``checkpoints/000000.safetensors``, ..."""
+    """A folder of checkpoints in order: ``manifest.json`` and ``checkpoints/000000.safetensors``, ...
+
+    Args:
+        path: the folder, or an address that fsspec knows.
+        compress: pack tensors with blosc where that makes them shorter.
+    """
 
     def checkpoint_path(self, index: int) -> Path:
-        """Where checkpoint number ``index`` lies, counted from 0."""
+        """Where a checkpoint lies.
+
+        Args:
+            index: its number, counted from 0.
+
+        Returns:
+            A path inside the folder.
+        """
         return self.path / "checkpoints" / f"{index:06d}.safetensors"
 
     def labels(self) -> list[int | str] | None:
-        """The checkpoints' labels in order; None if this is no such store.
+        """The checkpoints' labels.
+
+        Returns:
+            One each, in order; None if this is no such store.
 
         Raises:
             StoreError: it is one, but damaged or of another version.
@@ -49,12 +64,24 @@ class CheckpointStore(StoreFiles):
 
 @dataclass(frozen=True)
 class StoredCheckpoint:
-    """One checkpoint of a store."""
+    """One checkpoint of a store.
+
+    Attributes:
+        store: where it lies.
+        index: its number, counted from 0.
+    """
 
     store: CheckpointStore
     index: int
 
     def read(self) -> dict[str, Tensor]:
-        """Its state dict, checked (StoreError)."""
+        """Read it, and check it.
+
+        Returns:
+            Its state dict.
+
+        Raises:
+            StoreError: it is missing or damaged.
+        """
         path = self.store.checkpoint_path(self.index)
         return self.store.read_tensors(path, what=f"checkpoint number {self.index}").tensors

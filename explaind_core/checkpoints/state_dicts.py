@@ -33,7 +33,9 @@ class Checkpoints:
     """Checkpoints that were found to fit the model, read again whenever they are asked for.
 
     Attributes:
-        sources: where they are. labels: one each. parameters: name -> shape and dtype.
+        sources: where they are.
+        labels: one each.
+        parameters: name -> shape and dtype.
         buffers: what the model's buffers are held at.
     """
 
@@ -47,8 +49,13 @@ class Checkpoints:
         """Read every checkpoint once and check it, so that no error comes late.
 
         Args:
-            checkpoints, labels, buffers: see :func:`explaind_core.attribute_checkpoints`.
+            checkpoints: see :func:`explaind_core.attribute_checkpoints`.
+            labels: one each, or None; see there.
             model: whose parameters and buffers they must hold.
+            buffers: given in place of the last checkpoint's; see there.
+
+        Returns:
+            The checkpoints, none of them held in memory.
 
         Raises:
             StoreError: a file is missing, damaged or not a safetensors file; a checkpoint does not fit the model.
@@ -79,7 +86,14 @@ class Checkpoints:
         return cls(sources, found, parameters, held)
 
     def theta(self, index: int) -> dict[str, Tensor]:
-        """One checkpoint's parameters."""
+        """One checkpoint's parameters.
+
+        Args:
+            index: its number; -1 is the last.
+
+        Returns:
+            Parameter name -> tensor.
+        """
         state = read_checkpoint(self.sources[index], self.labels[index])
         return {n: state[n].detach() for n in self.parameters}
 
@@ -135,7 +149,14 @@ def _folder(folder: Path) -> tuple[list[Source], list[int | str]]:
 
 
 def read_checkpoint(source: Source, label: int | str) -> StateDict:
-    """One checkpoint's state dict.
+    """Read one checkpoint.
+
+    Args:
+        source: a state dict, a safetensors file, or an entry of a store.
+        label: what it is called, for the error.
+
+    Returns:
+        Its state dict.
 
     Raises:
         StoreError: a file is missing, damaged or not a safetensors file.

@@ -21,6 +21,12 @@ def closure_error(result: xr.Dataset) -> float:
     Rounding only, for whatever axes were kept: what quadrature and training's own rounding cost is in
     ``residual``, not here.
 
+    Args:
+        result: of :func:`explaind_core.attribute`, or read by :func:`explaind_core.open_result`.
+
+    Returns:
+        The largest absolute difference, in units of the output.
+
     Example:
         >>> import torch
         >>> import explaind_core as explaind
@@ -34,7 +40,15 @@ def closure_error(result: xr.Dataset) -> float:
 
 
 def summed(result: xr.Dataset, names: Sequence[str]) -> xr.DataArray:
-    """``initial`` plus the sums of those of ``names`` that the result holds, in float64, over (test, output)."""
+    """``initial`` plus what was added to it.
+
+    Args:
+        result: as of :func:`closure_error`.
+        names: of variables; those that the result does not hold are passed over.
+
+    Returns:
+        The sum over (test, output) as far as kept, in float64.
+    """
     total: xr.DataArray = result["initial"].astype(np.float64)
     for name in names:
         if name in result:

@@ -122,7 +122,11 @@ class ResultWriter:
         self._held.close()
 
     def result(self) -> xr.Dataset:
-        """What is written, lazily."""
+        """What is written.
+
+        Returns:
+            A Dataset that is read lazily.
+        """
         return stored_result(self._folder, self._record)
 
     # ------------------------------------------------------------------ writing
@@ -130,7 +134,11 @@ class ResultWriter:
         """Write a block behind those that are written.
 
         Args:
-            block: the result of some entries of the axis. labels: the coordinates of the whole result.
+            block: the result of some entries of the axis.
+            labels: the coordinates of the whole result.
+
+        Raises:
+            StoreError: it cannot be written; the blocks before it are kept.
         """
         axis = self._record.axis
         size = self._record.total if axis is None else block.sizes[axis]

@@ -59,9 +59,13 @@ class Record:
     """What ``zarr.json`` tells.
 
     Attributes:
-        question: the fingerprint of what was asked. axis: along which blocks are written, None where it is one block.
-        done, total: entries of it. files: the arrays' metadata files and their checksums.
-        attributes: the result's own. arrays: name -> metadata.
+        question: the fingerprint of what was asked.
+        axis: along which blocks are written, None where it is one block.
+        done: entries of it that are written.
+        total: entries of it.
+        files: the arrays' metadata files and their checksums.
+        attributes: the result's own.
+        arrays: name -> metadata.
     """
 
     question: str
@@ -78,7 +82,14 @@ class Record:
         return self.done >= self.total
 
     def encoded(self, created_with: str) -> bytes:
-        """The content of ``zarr.json``."""
+        """The content of ``zarr.json``.
+
+        Args:
+            created_with: the version of this library.
+
+        Returns:
+            The bytes of the file, with their own checksum.
+        """
         record = {
             "format": FORMAT, "version": VERSION, "checksum": _UNSIGNED, "created_with": created_with,
             "question": self.question, "axis": self.axis, "done": self.done, "total": self.total, "files": self.files,
@@ -94,7 +105,14 @@ class Record:
 
 
 def checksum(content: bytes) -> str:
-    """Of a metadata file."""
+    """The checksum of a metadata file.
+
+    Args:
+        content: its bytes.
+
+    Returns:
+        128 bits of BLAKE2b, in hexadecimal digits.
+    """
     return blake2b(content, digest_size=16).hexdigest()
 
 
@@ -113,6 +131,9 @@ def open_result(path: str | os.PathLike[str], *, unfinished: bool = False, check
         unfinished: open the finished part of an interrupted result.
         check: read every chunk once to compare its checksum. Without, only metadata are checked and that all chunks are
             there; a damaged one is found when it is read.
+
+    Returns:
+        The Dataset as :func:`explaind_core.attribute` returned it; arrays are read when they are asked for.
 
     Raises:
         StoreError: there is no result, it is damaged (the file is named) or unfinished.
@@ -152,7 +173,15 @@ def open_result(path: str | os.PathLike[str], *, unfinished: bool = False, check
 
 
 def stored_result(folder: Path, record: Record) -> xr.Dataset:
-    """The finished part of a result, read lazily."""
+    """The finished part of a result.
+
+    Args:
+        folder: where it lies.
+        record: what its ``zarr.json`` tells.
+
+    Returns:
+        A Dataset that is read lazily.
+    """
     stored: xr.Dataset = xr.open_zarr(zarr_store(folder, read_only=True), consolidated=True, zarr_format=3, chunks=None)
     stored = stored.drop_encoding()  # how it lies here is no advice on how to write it elsewhere
     stored.attrs = {name: value for name, value in stored.attrs.items() if name != RECORD}
@@ -164,10 +193,17 @@ def stored_result(folder: Path, record: Record) -> xr.Dataset:
 
 
 def read_record(folder: Path) -> Record | None:
-    """How far the result at ``folder`` is; None where there is nothing.
+    """How far a result is.
+
+    Args:
+        folder: where it lies.
+
+    Returns:
+        What its ``zarr.json`` tells; None where there is nothing.
 
     Raises:
-        StoreError: there is something else, or ``zarr.json`` is damaged.
+        ForeignError: there is something else.
+        StoreError: ``zarr.json`` is damaged.
     """
     where = folder / _GROUP
     try:
@@ -230,6 +266,11 @@ def _remedy(found: list[str]) -> str:
 
 def check_files(folder: Path, record: Record, *, contents: bool) -> None:
     """Check all files that count.
+
+    Args:
+        folder: where the result lies.
+        record: what its ``zarr.json`` tells.
+        contents: read every chunk; without, only metadata are, and chunks must be there.
 
     Raises:
         StoreError: one is missing or damaged.

@@ -28,6 +28,9 @@ __all__ = ["Batch", "MicroBatch", "ParameterInfo", "Run", "open_run"]
 class Run(ExplainedSteps):
     """A recorded run, read-only; nothing is read before it is asked for. Open one with :func:`open_run`.
 
+    Args:
+        path: see :func:`open_run`, which has the same arguments.
+
     Attributes:
         steps: ``range(1, N + 1)``.
         parameters: name -> :class:`ParameterInfo`.

@@ -25,10 +25,14 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def pack(data: Bytes, itemsize: int) -> bytes | None:
-    """Compress, or None where that would not be shorter.
+    """Compress bytes, where that makes them shorter.
 
     Args:
-        data: bytes ``[n]``, contiguous. itemsize: of the numbers that they are.
+        data: bytes ``[n]``, contiguous.
+        itemsize: of the numbers that they are.
+
+    Returns:
+        The packed bytes, or None where they would not be shorter.
 
     Example:
         >>> len(pack(np.zeros(4000, dtype=np.uint8), 4)) < 100, pack(np.zeros(4, dtype=np.uint8), 4)
@@ -46,7 +50,14 @@ def pack(data: Bytes, itemsize: int) -> bytes | None:
 
 
 def unpack(packed: memoryview, size: int) -> Bytes:
-    """Decompress what :func:`pack` made of ``size`` bytes.
+    """Decompress what :func:`pack` made.
+
+    Args:
+        packed: its bytes.
+        size: of what was packed.
+
+    Returns:
+        The bytes that were packed: ``[size]``.
 
     Raises:
         ValueError: it is something else. All lengths are compared before memory is asked for.

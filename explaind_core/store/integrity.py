@@ -16,10 +16,19 @@ __all__ = ["damages"]
 
 
 def damages(store: RunStore, *, progress: bool = False) -> tuple[StoreError, ...]:
-    """What is damaged or missing in a store, an error each; empty where all is well.
+    """What is damaged or missing in a store.
 
     Args:
-        store: any run. progress: show a bar.
+        store: any run.
+        progress: show a bar.
+
+    Returns:
+        An error each; empty where all is well.
+
+    Example:
+        >>> from explaind_core.testing import record_example
+        >>> damages(record_example(steps=2).store)
+        ()
     """
     found: list[StoreError] = []
 

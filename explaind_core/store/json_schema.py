@@ -42,9 +42,16 @@ STEP: Any = {
 
 
 def mismatch(value: Any, pattern: Any, place: str = "") -> str | None:
-    """The first place where ``value`` is not as ``pattern`` says, in words; None if it fits.
+    """The first place where a value is not as a pattern says.
 
-    A pattern is a type, None, ``[pattern of every entry]``, ``{key: pattern}`` or a tuple of alternatives.
+    Args:
+        value: what JSON was read as.
+        pattern: a type, None, ``[pattern of every entry]``, ``{key: pattern}`` (a key that ends with ``?`` may be
+            missing) or a tuple of alternatives.
+        place: where the value stands in what it is part of.
+
+    Returns:
+        The place in words; None if the value fits.
 
     Example:
         >>> mismatch({"steps": [1, "a"]}, {"steps": [int], "name?": str})

@@ -58,6 +58,16 @@ class RunStore(StoreFiles):
     Args:
         path: the run's folder, or an address that fsspec knows.
         compress: pack tensors with blosc where that makes them shorter; what is read says itself how it is packed.
+
+    Attributes:
+        path: the run's folder, see :func:`explaind_core.store.locate`.
+        steps_written: how many steps this object wrote, and their bytes.
+
+    Example:
+        >>> from explaind_core.testing import record_example
+        >>> store = RunStore(record_example(steps=2).path)
+        >>> store.count_steps(), store.step_path(2).relative_to(store.path).as_posix()
+        (2, 'steps/000/000002.safetensors')
     """
 
     def __init__(self, path: str | os.PathLike[str], *, compress: bool = True) -> None:
@@ -68,15 +78,35 @@ class RunStore(StoreFiles):
 
     # ------------------------------------------------------------------ layout
     def step_path(self, s: int) -> Path:
-        """Where step s lies; a folder holds at most 1,000 steps."""
+        """Where step s lies; a folder holds at most 1,000 steps.
+
+        Args:
+            s: its number.
+
+        Returns:
+            A path inside the run's folder.
+        """
         return self.path / "steps" / f"{s // 1000:03d}" / f"{s:06d}.safetensors"
 
     def snapshot_path(self, s: int) -> Path:
-        """Where the optimizer's state after step s lies, if it was kept."""
+        """Where the optimizer's state after step s lies, if it was kept.
+
+        Args:
+            s: the step's number.
+
+        Returns:
+            A path inside the run's folder.
+        """
         return self.path / "snapshots" / f"{s:06d}.safetensors"
 
     def batch_path(self, key: str) -> Path:
         """Where the batch with this content hash lies.
+
+        Args:
+            key: the hash.
+
+        Returns:
+            A path inside the run's folder.
 
         Raises:
             StoreError: it is no hash, and might lead out of the store.
@@ -97,7 +127,19 @@ class RunStore(StoreFiles):
         return self.path / "start.safetensors"
 
     def write_tensors(self, path: Path, header: Any, tensors: Mapping[str, Tensor]) -> int:
-        """Write one file, whole or not at all; returns its size in bytes (errors as in the base)."""
+        """Write one file, whole or not at all.
+
+        Args:
+            path: inside the run's folder.
+            header: JSON.
+            tensors: by name.
+
+        Returns:
+            Its size in bytes.
+
+        Raises:
+            StoreError: the disk is full or the folder cannot be written; what was there before is intact.
+        """
         size = super().write_tensors(path, header, tensors)
         if self._is_step(path):
             self.steps_written = self.steps_written[0] + 1, self.steps_written[1] + size
@@ -114,7 +156,12 @@ class RunStore(StoreFiles):
         return f"{remedy}{before}; open_run(..., damaged=True) opens all that is intact"
 
     def is_unbegun(self) -> bool:
-        """Whether nothing is here but what a kill left of a recording that had not begun: files before the manifest."""
+        """Whether a recording may begin here.
+
+        Returns:
+            True where nothing is here but what a kill left of a recording that had not begun: files before the
+            manifest.
+        """
         if not self.path.exists():
             return True
         known = {LOCK_NAME, self.start_path.name}
@@ -153,6 +200,9 @@ class RunStore(StoreFiles):
 
         Args:
             damaged: where it is damaged or missing, take the copy that the start of the run holds.
+
+        Returns:
+            The manifest.
 
         Raises:
             StoreError: there is no run here, it was written by another version of the format, or it is damaged.
@@ -216,16 +266,29 @@ class RunStore(StoreFiles):
 
     # ------------------------------------------------------------------ the whole run
     def close(self, steps: int) -> None:
-        """Write down that recording ended in order, and what there is: what is lost later is known."""
+        """Write down that recording ended in order, and what there is: what is lost later is known.
+
+        Args:
+            steps: how many were recorded.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
         self.end_log(LOG_NAME)
         lines = self.count_lines(LOG_NAME)
         self.write_json(CLOSED_NAME, {"steps": steps, "lines": lines, "snapshots": self.found_snapshots()})
 
     def closed(self, *, damaged: bool = False) -> dict[str, Any] | None:
-        """What was written when recording ended in order; None where it did not.
+        """What was written when recording ended in order.
 
         Args:
             damaged: None, too, where that cannot be read.
+
+        Returns:
+            The content of ``closed.json``; None where recording did not end in order.
+
+        Raises:
+            StoreError: it is damaged.
         """
         try:
             found = self.read_json(CLOSED_NAME)
@@ -239,7 +302,10 @@ class RunStore(StoreFiles):
         return found
 
     def found_steps(self) -> list[int]:
-        """The steps whose files are there, in order.
+        """The steps whose files are there.
+
+        Returns:
+            Their numbers, in order.
 
         Raises:
             StoreError: one of the store's folders is a link that leads elsewhere.
@@ -258,28 +324,43 @@ class RunStore(StoreFiles):
         return sorted(int(p.stem) for p in folders[0].glob("*/*.safetensors") if self._is_step(p))
 
     def found_snapshots(self) -> list[int]:
-        """The steps after which the optimizer's state was kept, in order."""
+        """The steps after which the optimizer's state was kept.
+
+        Returns:
+            Their numbers, in order.
+        """
         found = (int(p.stem) for p in (self.path / "snapshots").glob("*.safetensors") if p.stem.isdecimal())
         return sorted(s for s in found if self.snapshot_path(s).exists())
 
     def delete_after(self, s: int) -> None:
-        """Delete the steps and snapshots after step s, the last one first: what is left is a run at any time."""
+        """Delete the steps and snapshots after step s, the last one first: what is left is a run at any time.
+
+        Args:
+            s: the last step that is kept.
+        """
         for later in reversed([t for t in self.found_snapshots() if t > s]):
             remove(self.snapshot_path(later))
         for later in reversed([t for t in self.found_steps() if t > s]):
             remove(self.step_path(later))
 
     def found_batches(self) -> list[Path]:
-        """The files of batches."""
+        """The files of batches.
+
+        Returns:
+            Their paths, sorted.
+        """
         found = (self.path / "batches").glob("*.safetensors")
         return sorted(p for p in found if re.fullmatch(_HASH, p.stem))
 
     def count_steps(self, *, until: int | None = None, damaged: bool = False) -> int:
-        """The number N of recorded steps; every file of 1..N is checked for truncation and for a damaged header.
+        """How many steps were recorded; every file of theirs is checked for truncation and for a damaged header.
 
         Args:
             until: look at the steps 1..until only.
             damaged: count them without looking at the files.
+
+        Returns:
+            The number N of the last one.
 
         Raises:
             StoreError: a step in the middle is missing or damaged, or steps are missing at the end of a closed run.

@@ -32,6 +32,12 @@ class WorkingFolder:
     Args:
         kind: what is kept in it; part of its name.
 
+    Attributes:
+        path: the folder.
+
+    Raises:
+        StoreError: it cannot be made.
+
     Example:
         >>> with WorkingFolder("example") as folder:
         ...     folder.path.is_dir()
@@ -51,7 +57,17 @@ class WorkingFolder:
             raise self.error(error) from error
 
     def error(self, error: OSError | StoreError) -> StoreError:
-        """What a failed write into it is called."""
+        """What a failed write into it is called.
+
+        Args:
+            error: what was raised, or a StoreError that it was the cause of.
+
+        Returns:
+            The error to raise.
+
+        Raises:
+            StoreError: what was given, where no write was the cause.
+        """
         given = error.__cause__ if isinstance(error, StoreError) else error
         if not isinstance(given, OSError):
             raise error
@@ -64,6 +80,13 @@ class WorkingFolder:
 
     def allocate(self, name: str, size: int) -> Path:
         """A file of ``size`` bytes that are there: writing to it later cannot fail for want of room.
+
+        Args:
+            name: of the file in the folder.
+            size: in bytes.
+
+        Returns:
+            Its path.
 
         Raises:
             StoreError: there is no room.

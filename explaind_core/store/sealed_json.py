@@ -14,7 +14,14 @@ CHECKSUM = "checksum"
 
 
 def sealed(value: Mapping[str, Any], *place: object) -> dict[str, Any]:
-    """``value`` with its checksum; ``place`` is what else it must be found with: the run, the file, the line.
+    """A mapping with its checksum.
+
+    Args:
+        value: JSON.
+        place: what else it must be found with: the run, the file, the line.
+
+    Returns:
+        The mapping as it will be read, with ``checksum``.
 
     Example:
         >>> unsealed(sealed({"steps": 3}, "run", "closed.json"), "run", "closed.json")
@@ -26,6 +33,13 @@ def sealed(value: Mapping[str, Any], *place: object) -> dict[str, Any]:
 
 def unsealed(value: Mapping[str, Any], *place: object) -> dict[str, Any]:
     """What :func:`sealed` was given.
+
+    Args:
+        value: a mapping with its checksum.
+        place: what it was sealed with.
+
+    Returns:
+        The mapping without its checksum.
 
     Raises:
         ValueError: it was changed, stems from another place, or has no checksum.
@@ -41,6 +55,12 @@ def unsealed(value: Mapping[str, Any], *place: object) -> dict[str, Any]:
 def parse(text: bytes) -> dict[str, Any]:
     """A JSON mapping.
 
+    Args:
+        text: of a file or a line.
+
+    Returns:
+        The mapping.
+
     Raises:
         ValueError: it is none, or nested too deeply for Python.
     """
@@ -54,12 +74,28 @@ def parse(text: bytes) -> dict[str, Any]:
 
 
 def document(value: Mapping[str, Any], *place: object) -> bytes:
-    """A whole file."""
+    """A whole file.
+
+    Args:
+        value: JSON.
+        place: what it is sealed with.
+
+    Returns:
+        The content of the file.
+    """
     return (json.dumps(sealed(value, *place), indent=1) + "\n").encode()
 
 
 def line(value: Mapping[str, Any], *place: object) -> bytes:
-    """One line of a log."""
+    """One line of a log.
+
+    Args:
+        value: JSON.
+        place: what it is sealed with.
+
+    Returns:
+        The line, with its end.
+    """
     return (json.dumps(sealed(value, *place)) + "\n").encode()
 
 

@@ -30,8 +30,16 @@ class StoreSize:
     """Bytes on disk; before compression, so that it will be less.
 
     Attributes:
-        per_step: a step's file. fixed: the start of the run. snapshot: the optimizer's state, each time it is kept.
-        batch: inputs and targets of a batch; batches of the same content are stored once. steps: how many. total: all.
+        per_step: a step's file.
+        fixed: the start of the run.
+        snapshot: the optimizer's state, each time it is kept.
+        batch: inputs and targets of a batch; batches of the same content are stored once.
+        steps: how many.
+        total: all.
+
+    Example:
+        >>> print(StoreSize(per_step=2000, fixed=500, snapshot=800, batch=0, steps=10, total=20500))
+        at most 20.5 kB for 10 steps (2 kB a step, 800 B a snapshot, 0 B a batch)
     """
 
     per_step: int
@@ -65,9 +73,16 @@ def store_size(
     optimizers that have not stepped yet are taken to be three times as large as the parameters.
 
     Args:
-        model, optimizer: what is trained. steps: how often. mode, snapshot_every: as of the Recorder.
+        model: what is trained.
+        optimizer: one, or a list of several.
+        steps: how often they step.
+        mode: as of :class:`~explaind_core.Recorder`.
+        snapshot_every: as of the Recorder.
         batch: inputs and targets of one step (nested tensors); without them batches are not counted.
         distinct_batches: how many batches differ in content; all of them by default.
+
+    Returns:
+        The sizes of its parts, and of all.
 
     Example:
         >>> model = torch.nn.Linear(1000, 1000)
@@ -94,6 +109,10 @@ def store_size(
 
 def check_space(path: Path, size: StoreSize) -> None:
     """Refuse a run that the disk has no room for.
+
+    Args:
+        path: where the run will lie; elsewhere than on this machine nobody can tell.
+        size: of the run.
 
     Raises:
         StoreError: it has not.

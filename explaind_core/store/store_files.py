@@ -26,7 +26,12 @@ MANIFEST_NAME = "manifest.json"
 
 @dataclass(frozen=True)
 class StoredFile:
-    """What one file holds: ``header`` (JSON) and ``tensors`` by name."""
+    """What one file holds.
+
+    Attributes:
+        header: JSON.
+        tensors: by name.
+    """
 
     header: Any
     tensors: dict[str, Tensor]
@@ -38,6 +43,9 @@ class StoreFiles:
     Args:
         path: the run's folder, or an address that fsspec knows.
         compress: pack tensors with blosc where that makes them shorter; what is read says itself how it is packed.
+
+    Attributes:
+        path: where the files lie, see :func:`explaind_core.store.locate`.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, compress: bool = True) -> None:
@@ -75,13 +83,25 @@ class StoreFiles:
         return self._identity
 
     def begin(self) -> str:
-        """Begin a new run: draw the name that all its files will carry."""
+        """Begin a new run.
+
+        Returns:
+            The name that all its files will carry, drawn at random.
+        """
         self._identity, self._logs = (uuid4().hex, VERSION), {}
         return self.run
 
     # ------------------------------------------------------------------ writing
     def write_tensors(self, path: Path, header: Any, tensors: Mapping[str, Tensor]) -> int:
-        """Write one file, whole or not at all; returns its size in bytes.
+        """Write one file, whole or not at all.
+
+        Args:
+            path: inside the folder.
+            header: JSON.
+            tensors: by name.
+
+        Returns:
+            Its size in bytes.
 
         Raises:
             StoreError: the disk is full or the folder cannot be written; what was there before is intact.
@@ -95,12 +115,28 @@ class StoreFiles:
         return sum(map(len, parts))
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        """Write a small JSON file, whole or not at all (see :meth:`write_tensors`)."""
+        """Write a small JSON file, whole or not at all.
+
+        Args:
+            name: of the file.
+            value: JSON.
+
+        Raises:
+            StoreError: the disk is full or the folder cannot be written; what was there before is intact.
+        """
         self.check_writable(self.path / name)
         self._write(self.path / name, [sealed.document(value, *self._seal_of(name))])
 
     def append_line(self, name: str, value: Mapping[str, Any]) -> None:
-        """Append one JSON line to a log; a torn last line is passed over by :meth:`read_lines`."""
+        """Append one JSON line to a log; a torn last line is passed over by :meth:`read_lines`.
+
+        Args:
+            name: of the log.
+            value: JSON.
+
+        Raises:
+            StoreError: the disk is full or the folder cannot be written.
+        """
         path = self.path / name
         self.check_writable(path)
         count = self.count_lines(name)
@@ -112,14 +148,28 @@ class StoreFiles:
         self._logs[name] = size, count + 1
 
     def end_log(self, name: str) -> None:
-        """Cut off a last line that a full disk cut short."""
+        """Cut off a last line that a full disk cut short.
+
+        Args:
+            name: of the log.
+        """
         path = self.path / name
         self.count_lines(name)
         if path.exists() and path.stat().st_size != self._logs[name][0]:
             append(path, self._logs[name][0], b"")
 
     def count_lines(self, name: str) -> int:
-        """How many whole lines a log has that is being written."""
+        """How many whole lines a log has that is being written.
+
+        Args:
+            name: of the log.
+
+        Returns:
+            Their number.
+
+        Raises:
+            StoreError: a line is damaged.
+        """
         path = self.path / name
         size = path.stat().st_size if path.exists() else 0
         if name not in self._logs or self._logs[name][0] != size:
@@ -129,6 +179,9 @@ class StoreFiles:
 
     def check_writable(self, path: Path) -> None:
         """Refuse to write into a store of an older version.
+
+        Args:
+            path: what would be written, for the error.
 
         Raises:
             StoreError: it is one.
@@ -157,8 +210,12 @@ class StoreFiles:
         """Read one file.
 
         Args:
-            path: where. what: what it is, for the error.
+            path: inside the folder.
+            what: what it is, for the error.
             only: read, and check, the tensors whose names start like this.
+
+        Returns:
+            Its header and those tensors.
 
         Raises:
             StoreError: it is missing, truncated, damaged, another file than it should be, or not one of ours.
@@ -168,12 +225,35 @@ class StoreFiles:
             return StoredFile(contents.header, {n: read_entry(file, n, e) for n, e in wanted.items()})
 
     def read_header(self, path: Path, *, what: str) -> Any:
-        """Read only the JSON part of one file (errors as in :meth:`read_tensors`)."""
+        """Read only the JSON part of one file.
+
+        Args:
+            path: inside the folder.
+            what: what it is, for the error.
+
+        Returns:
+            The header.
+
+        Raises:
+            StoreError: it is missing, truncated, damaged, another file than it should be, or not one of ours.
+        """
         with self._opened(path, what) as (_, contents):
             return contents.header
 
     def read_tensor(self, path: Path, name: str, *, what: str = "the file") -> Tensor:
-        """Read one tensor of a file (errors as in :meth:`read_tensors`)."""
+        """Read one tensor of a file.
+
+        Args:
+            path: inside the folder.
+            name: of the tensor.
+            what: what it is, for the error.
+
+        Returns:
+            The tensor, with its own storage.
+
+        Raises:
+            StoreError: it is missing, truncated, damaged, another file than it should be, or not one of ours.
+        """
         with self._opened(path, what) as (file, contents):
             if name not in contents.entries:
                 raise Damage(f"holds no {name!r}")
@@ -181,6 +261,10 @@ class StoreFiles:
 
     def check_file(self, path: Path, *, what: str) -> None:
         """Check that a file is there, is the one it should be, and as long as it says, without reading its tensors.
+
+        Args:
+            path: inside the folder.
+            what: what it is, for the error.
 
         Raises:
             StoreError: it is missing, truncated, damaged, another file than it should be, or not one of ours.
@@ -214,6 +298,15 @@ class StoreFiles:
     def unflatten(self, structure: Any, tensors: Mapping[str, Tensor], path: Path, *, what: str) -> Any:
         """Rebuild nested data from a file (:func:`explaind_core.trees.unflatten`).
 
+        Args:
+            structure: JSON, as a header holds it.
+            tensors: what it refers to, by name.
+            path: of the file, for the error.
+            what: what it is, for the error.
+
+        Returns:
+            The data.
+
         Raises:
             StoreError: the file does not hold what its header refers to.
         """
@@ -230,7 +323,13 @@ class StoreFiles:
         return (name,) if name == MANIFEST_NAME else (self.run, name)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """Read a small JSON file, None where there is none.
+        """Read a small JSON file.
+
+        Args:
+            name: of the file.
+
+        Returns:
+            Its content; None where there is no such file.
 
         Raises:
             StoreError: it is damaged or stems from another run.
@@ -254,7 +353,12 @@ class StoreFiles:
         """Read a log; a last line that a kill cut short is passed over, any other damage is an error.
 
         Args:
-            name: of the log. expected: how many lines it must have at least. whole: nothing can have been cut short.
+            name: of the log.
+            expected: how many lines it must have at least.
+            whole: nothing can have been cut short.
+
+        Returns:
+            Its lines, in order.
 
         Raises:
             StoreError: a line is damaged, or lines are missing.

@@ -45,7 +45,13 @@ _LONGEST_HEADER = 100_000_000
 
 
 class Damage(Exception):  # noqa: N818 (it becomes a StoreError, by whoever knows the file and the step)
-    """What is wrong with a file: a sentence without its subject, and what was expected and found."""
+    """What is wrong with a file.
+
+    Args:
+        what: a sentence without its subject.
+        expected: what would have been right.
+        got: what was found.
+    """
 
     def __init__(self, what: str, *, expected: object = None, got: object = None) -> None:
         super().__init__(what)
@@ -54,7 +60,16 @@ class Damage(Exception):  # noqa: N818 (it becomes a StoreError, by whoever know
 
 @dataclass(frozen=True)
 class Entry:
-    """One stored tensor: its bytes ``begin..end`` of the file, how they are packed, and what they are."""
+    """One stored tensor.
+
+    Attributes:
+        begin: the first of its bytes in the file.
+        end: the byte behind its last one.
+        codec: how they are packed: ``"raw"`` or ``"blosc"``.
+        dtype: of the tensor.
+        shape: of the tensor.
+        digest: the checksum of its stored bytes; None in files of version 1.
+    """
 
     begin: int
     end: int
@@ -71,7 +86,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file says of itself: the caller's ``header``, ``entries`` by name, ``file`` and ``run`` that it is of."""
+    """What a file says of itself.
+
+    Attributes:
+        header: the caller's, JSON.
+        entries: tensors by name.
+        run: which run it is of; None in files of version 1.
+        file: which file of it; None in files of version 1.
+    """
 
     header: Any
     entries: dict[str, Entry]
@@ -84,8 +106,14 @@ def encode(header: Any, tensors: Mapping[str, Tensor], *, run: str, file: str, c
     """A file as buffers to be written one after the other.
 
     Args:
-        header: JSON. tensors: by name, of any dtype in :data:`DTYPES`.
-        run, file: which file of which run it is. compress: pack tensors where that makes them shorter.
+        header: JSON.
+        tensors: by name, of any dtype in :data:`DTYPES`.
+        run: which run it is of.
+        file: which file of it.
+        compress: pack tensors where that makes them shorter.
+
+    Returns:
+        Buffers, to be written one after the other.
 
     Raises:
         Damage: a tensor has no dtype that can be stored.
@@ -149,8 +177,12 @@ def read_contents(file: BinaryIO, size: int, *, sealed: bool = True) -> Contents
     """Read and check everything but the tensors.
 
     Args:
-        file: opened at its beginning. size: its length in bytes.
+        file: opened at its beginning.
+        size: its length in bytes.
         sealed: expect a seal; files of version 1 have none.
+
+    Returns:
+        What it says of itself.
 
     Raises:
         Damage: it is truncated, damaged, or something else.
@@ -242,7 +274,15 @@ def _plain_entries(found: Mapping[str, Any], spans: Mapping[str, tuple[int, int]
 
 
 def read_entry(file: BinaryIO, name: str, entry: Entry) -> Tensor:
-    """Read one tensor, check it against its digest and unpack it; it has its own storage.
+    """Read one tensor, check it against its digest and unpack it.
+
+    Args:
+        file: what :func:`read_contents` read.
+        name: of the tensor, for the error.
+        entry: what the file says of it.
+
+    Returns:
+        The tensor, with its own storage.
 
     Raises:
         Damage: its bytes are not the ones that were stored, or do not make the tensor that was declared.

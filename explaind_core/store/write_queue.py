@@ -27,6 +27,10 @@ class WriteQueue:
         waiting: how many may wait for the one that is being written; 0 to write at once. Each holds a step's parameters
             and gradients in memory, and is lost if the process is killed.
 
+    Attributes:
+        path: of the run, in full.
+        waiting: how many may wait.
+
     Example:
         >>> done, queue = [], WriteQueue("runs/example", waiting=2)
         >>> for k in range(5):
@@ -48,6 +52,7 @@ class WriteQueue:
         """Queue a write; waits while as many others do as may.
 
         Args:
+            write: what is called, with no argument.
             size: its bytes; a small one is run at once if none is waiting.
 
         Raises:
@@ -84,7 +89,11 @@ class WriteQueue:
         self.check()
 
     def close(self) -> None:
-        """Flush, and end the thread."""
+        """Flush, and end the thread.
+
+        Raises:
+            StoreError: a write failed.
+        """
         self._thread.shutdown()
         self.check()
 
@@ -106,6 +115,9 @@ _OPEN: WeakSet[WriteQueue] = WeakSet()
 
 def settle(path: str | os.PathLike[str]) -> None:
     """Wait until what this process has queued for the run at ``path`` is written: who reads it sees every step.
+
+    Args:
+        path: of the run.
 
     Example:
         >>> settle("runs/example")
