@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from explaind_core.store.compression import pack, unpack
 from explaind_core.store.integrity import damages
+from explaind_core.store.json_files import MANIFEST_NAME, VERSION
 from explaind_core.store.json_schema import COUNT, STEP, mismatch
 from explaind_core.store.locations import (
     is_local,
@@ -22,7 +23,7 @@ from explaind_core.store.readable_size import parse_size, readable_size
 from explaind_core.store.run_store import FORMAT, LOG_NAME, RunStore
 from explaind_core.store.scratch import WorkingFolder
 from explaind_core.store.size import StoreSize, check_space, store_size
-from explaind_core.store.store_files import MANIFEST_NAME, VERSION, StoredFile, StoreFiles
+from explaind_core.store.store_files import StoredFile, StoreFiles
 from explaind_core.store.tensor_file import DTYPES
 from explaind_core.store.write_queue import WriteQueue, settle
 from explaind_core.store.writing_lock import LockWords, WritingLock

@@ -27,9 +27,10 @@ from typing import Any
 from torch import Tensor
 
 from explaind_core.errors import StoreError
+from explaind_core.store.json_files import MANIFEST_NAME, VERSION
 from explaind_core.store.json_schema import COUNT, MANIFEST, mismatch
 from explaind_core.store.locations import UNFINISHED, is_local, look_again, names_in, remove, total_bytes
-from explaind_core.store.store_files import MANIFEST_NAME, VERSION, StoredFile, StoreFiles
+from explaind_core.store.store_files import StoredFile, StoreFiles
 from explaind_core.store.tensor_file import Contents
 from explaind_core.store.writing_lock import LockWords, WritingLock
 

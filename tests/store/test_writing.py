@@ -102,7 +102,7 @@ def _writes(monkeypatch, at):
         return append(path, size, content)
 
     monkeypatch.setattr(locations, "write", failing_write)
-    monkeypatch.setattr("explaind_core.store.store_files.append", failing_append)
+    monkeypatch.setattr("explaind_core.store.json_files.append", failing_append)
     return count
 
 
