@@ -5,7 +5,7 @@ It may import rules, training_step, store and what these may import.
 
 from __future__ import annotations
 
-from explaind_core.run.explanation import OptimizerFactory
+from explaind_core.run.explained_steps import OptimizerFactory
 from explaind_core.run.replay import Replay, ReplayedStep
 from explaind_core.run.run import Run, open_run
 

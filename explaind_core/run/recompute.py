@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from explaind_core import trees
 from explaind_core.errors import QuestionError, StoreError
-from explaind_core.run.explanation import ExplainedSteps
+from explaind_core.run.explained_steps import ExplainedSteps
 from explaind_core.run.replay import Replay
 from explaind_core.store import RunStore, StoredFile
 from explaind_core.training_step import (

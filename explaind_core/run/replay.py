@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from explaind_core import trees
 from explaind_core.errors import StoreError
 from explaind_core.rules import OWNER, RegisteredRule
-from explaind_core.run.explanation import ExplainedSteps
+from explaind_core.run.explained_steps import ExplainedSteps
 from explaind_core.training_step import rebuild_optimizer
 
 __all__ = ["Replay", "ReplayedStep"]

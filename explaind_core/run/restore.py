@@ -10,7 +10,7 @@ from torch import nn
 from explaind_core.errors import QuestionError
 from explaind_core.naming import plain_name, qualified_name
 from explaind_core.rules import JOINED_BY, OWNER, each_optimizer
-from explaind_core.run.explanation import ExplainedSteps
+from explaind_core.run.explained_steps import ExplainedSteps
 from explaind_core.run.replay import Replay
 
 __all__ = ["restore"]

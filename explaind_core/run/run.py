@@ -16,7 +16,7 @@ from explaind_core.errors import QuestionError, StoreError
 from explaind_core.naming import plain_copy, plain_name
 from explaind_core.rules import Registry, UpdateRule
 from explaind_core.run.description import RunDescription
-from explaind_core.run.explanation import ExplainedSteps, OptimizerFactory
+from explaind_core.run.explained_steps import ExplainedSteps, OptimizerFactory
 from explaind_core.run.recompute import Recomputation
 from explaind_core.run.restore import restore
 from explaind_core.store import RunStore, damages, settle

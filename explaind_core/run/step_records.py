@@ -24,7 +24,7 @@ __all__ = ["StepRecords"]
 class StepRecords:
     """A run's manifest and what its files tell of each step; nothing here is ever computed again.
 
-    :class:`explaind_core.run.steps.StoredSteps` adds parameters, buffers and gradients to it.
+    :class:`explaind_core.run.stored_steps.StoredSteps` adds parameters, buffers and gradients to it.
 
     Args:
         store: where the run lies.

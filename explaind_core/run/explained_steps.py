@@ -22,7 +22,7 @@ from explaind_core.rules import (
     each_rule,
     joined,
 )
-from explaind_core.run.steps import StoredSteps
+from explaind_core.run.stored_steps import StoredSteps
 from explaind_core.store import RunStore
 
 __all__ = ["ExplainedSteps", "OptimizerFactory"]
