@@ -47,6 +47,7 @@ _LOCK_WORDS = LockWords(
     taken="another process is writing this result",
     remedy="let it finish and ask again, which reads the finished result; or choose another out=",
     kept="nothing was begun",
+    same_process="another call of this process",
 )
 _COMPRESSORS = (ZstdCodec(level=0), Crc32cCodec())
 

@@ -84,22 +84,21 @@ class JsonFiles:
         self.check_writable(path)
         count = self.count_lines(name)
         content = sealed.line(value, self.run, name, count)
-        try:
-            size = append(path, self._logs[name][0], content)
-        except OSError as error:
-            raise self._write_error(path, error) from error
-        self._logs[name] = size, count + 1
+        self._logs[name] = self._append(path, self._logs[name][0], content), count + 1
 
     def end_log(self, name: str) -> None:
         """Cut off a last line that a full disk cut short.
 
         Args:
             name: of the log.
+
+        Raises:
+            StoreError: the disk is full or the folder cannot be written.
         """
         path = self.path / name
         self.count_lines(name)
         if path.exists() and path.stat().st_size != self._logs[name][0]:
-            append(path, self._logs[name][0], b"")
+            self._append(path, self._logs[name][0], b"")
 
     def count_lines(self, name: str) -> int:
         """How many whole lines a log has that is being written.
@@ -141,6 +140,12 @@ class JsonFiles:
     def _write(self, path: Path, parts: list[Any]) -> None:
         try:
             replace(path, parts)
+        except OSError as error:
+            raise self._write_error(path, error) from error
+
+    def _append(self, path: Path, size: int, content: bytes) -> int:
+        try:
+            return append(path, size, content)
         except OSError as error:
             raise self._write_error(path, error) from error
 

@@ -142,6 +142,7 @@ def total_bytes(folder: Path) -> int:
         6
         >>> remove(folder)
     """
+    look_again(folder)
     if not is_local(folder):  # one listing, and not a question a file
         return int(_files(folder).du(_name(folder))) if folder.exists() else 0
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

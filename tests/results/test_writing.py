@@ -67,6 +67,17 @@ def test_two_processes_do_not_write_one_result(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["result.zarr"]
 
 
+def test_one_process_does_not_write_one_result_twice(tmp_path):
+    path = tmp_path / "result.zarr"
+    with (
+        appending.ResultWriter(path, "question", "step", 3),
+        pytest.raises(StoreError, match=r"writing this result[\s\S]*held by another call of this process"),
+        appending.ResultWriter(path, "question", "step", 3),
+    ):
+        pass
+    assert not (tmp_path / "result.zarr.lock").exists()
+
+
 def test_a_finished_result_is_read_while_somebody_holds_its_lock(tmp_path):
     ask(tmp_path / "result.zarr")
     with filelock.FileLock(tmp_path / "result.zarr.lock"):
