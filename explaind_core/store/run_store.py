@@ -1,25 +1,14 @@
 """The run on disk: append-only, versioned, checked at every read, without pickle.
 
-::
-
-    manifest.json               format, version, parameters, buffers, optimizer, rule, loss
-    start.safetensors           theta_0, buffers, frozen parameters, the optimizer's state before step 1; the manifest
-    steps/000/000001.safetensors    one file a step: theta_s, the gradient as fed, changed buffers;
-                                its header holds hyper-parameters, batch references, factors
-    snapshots/000100.safetensors    the optimizer's state after step 100
-    batches/<hash>.safetensors  inputs and targets, stored once per distinct batch
-    metrics.jsonl               what the loop logged, a line an entry
-    closed.json                 written when recording ends in order
-
-Every file is written beside its place and renamed into it, so a reader never sees half a file, and a
-killed training leaves every finished step readable. Every file says which file of which run it is and carries
-checksums of all that it holds (:mod:`explaind_core.store.tensor_file`, :mod:`explaind_core.store.sealed_json`).
+:mod:`explaind_core.store.run_layout` tells which files there are. Every file is written beside its place and renamed
+into it, so a reader never sees half a file, and a killed training leaves every finished step readable. Every file says
+which file of which run it is and carries checksums of all that it holds (:mod:`explaind_core.store.tensor_file`,
+:mod:`explaind_core.store.sealed_json`).
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,20 +18,16 @@ from torch import Tensor
 from explaind_core.errors import StoreError
 from explaind_core.store.json_files import MANIFEST_NAME, VERSION
 from explaind_core.store.json_schema import COUNT, MANIFEST, mismatch
-from explaind_core.store.locations import UNFINISHED, is_local, look_again, names_in, remove, total_bytes
-from explaind_core.store.store_files import StoredFile, StoreFiles
+from explaind_core.store.locations import is_local, names_in, remove, total_bytes
+from explaind_core.store.run_layout import CLOSED_NAME, LOCK_NAME, LOG_NAME, RunLayout
 from explaind_core.store.tensor_file import Contents
 from explaind_core.store.writing_lock import LockWords, WritingLock
 
-__all__ = ["FORMAT", "LOCK_NAME", "LOG_NAME", "VERSION", "RunStore", "StoredFile"]
+__all__ = ["FORMAT", "LOCK_NAME", "LOG_NAME", "VERSION", "RunStore"]
 
 FORMAT = "explaind-run"
 #: Versions that are read; only the newest is written.
 READABLE = (1, 2)
-LOCK_NAME = "writing.lock"
-CLOSED_NAME = "closed.json"
-LOG_NAME = "metrics.jsonl"
-_HASH = "[0-9a-f]{32}"
 _LOCK_WORDS = LockWords(
     taken="this run is being recorded already",
     remedy="wait until it has finished, or choose another path; "
@@ -53,7 +38,7 @@ _LOCK_WORDS = LockWords(
 )
 
 
-class RunStore(StoreFiles):
+class RunStore(RunLayout):
     """Reads and writes the files of one run; knows their layout and nothing of their meaning.
 
     Args:
@@ -77,56 +62,6 @@ class RunStore(StoreFiles):
         #: How many steps this object wrote, and their bytes.
         self.steps_written = (0, 0)
 
-    # ------------------------------------------------------------------ layout
-    def step_path(self, s: int) -> Path:
-        """Where step s lies; a folder holds at most 1,000 steps.
-
-        Args:
-            s: its number.
-
-        Returns:
-            A path inside the run's folder.
-        """
-        return self.path / "steps" / f"{s // 1000:03d}" / f"{s:06d}.safetensors"
-
-    def snapshot_path(self, s: int) -> Path:
-        """Where the optimizer's state after step s lies, if it was kept.
-
-        Args:
-            s: the step's number.
-
-        Returns:
-            A path inside the run's folder.
-        """
-        return self.path / "snapshots" / f"{s:06d}.safetensors"
-
-    def batch_path(self, key: str) -> Path:
-        """Where the batch with this content hash lies.
-
-        Args:
-            key: the hash.
-
-        Returns:
-            A path inside the run's folder.
-
-        Raises:
-            StoreError: it is no hash, and might lead out of the store.
-        """
-        if not re.fullmatch(_HASH, key):
-            raise StoreError(
-                "a batch is named by something that is no content hash",
-                where=self.path,
-                expected="32 hexadecimal digits",
-                got=repr(key[:100]),
-                remedy="do not use this store: it was not written by explaind",
-            )
-        return self.path / "batches" / f"{key}.safetensors"
-
-    @property
-    def start_path(self) -> Path:
-        """Where theta_0 and the state before step 1 lie."""
-        return self.path / "start.safetensors"
-
     def write_tensors(self, path: Path, header: Any, tensors: Mapping[str, Tensor]) -> int:
         """Write one file, whole or not at all.
 
@@ -145,29 +80,6 @@ class RunStore(StoreFiles):
         if self._is_step(path):
             self.steps_written = self.steps_written[0] + 1, self.steps_written[1] + size
         return size
-
-    def _is_step(self, path: Path) -> bool:
-        # The name is compared with the layout: whatever else lies in these folders is passed over.
-        return path.stem.isdecimal() and path == self.step_path(int(path.stem))
-
-    def _remedy(self, path: Path) -> str:
-        """What to do about a file that is damaged or missing."""
-        remedy = super()._remedy(path)
-        before = f"; open_run(..., until={int(path.stem) - 1}) opens the steps before it" if self._is_step(path) else ""
-        return f"{remedy}{before}; open_run(..., damaged=True) opens all that is intact"
-
-    def is_unbegun(self) -> bool:
-        """Whether a recording may begin here.
-
-        Returns:
-            True where nothing is here but what a kill left of a recording that had not begun: files before the
-            manifest.
-        """
-        if not self.path.exists():
-            return True
-        known = {LOCK_NAME, self.start_path.name}
-        known |= {f"{name}{UNFINISHED}" for name in (self.start_path.name, MANIFEST_NAME)}
-        return self.path.is_dir() and all(path.is_file() and path.name in known for path in self.path.iterdir())
 
     def lock(self) -> None:
         """Become the only writer of this run, until :meth:`unlock`; elsewhere than on this machine nobody can tell.
@@ -302,37 +214,6 @@ class RunStore(StoreFiles):
             return None
         return found
 
-    def found_steps(self) -> list[int]:
-        """The steps whose files are there.
-
-        Returns:
-            Their numbers, in order.
-
-        Raises:
-            StoreError: one of the store's folders is a link that leads elsewhere.
-        """
-        look_again(self.path)
-        folders = [self.path / name for name in ("steps", "snapshots", "batches")]
-        folders += sorted(folders[0].iterdir()) if folders[0].is_dir() else []
-        for folder in folders:
-            if folder.is_symlink():
-                raise StoreError(
-                    "a folder of the run store is a symbolic link",
-                    where=folder,
-                    expected="a folder",
-                    remedy="move what it leads to into its place",
-                )
-        return sorted(int(p.stem) for p in folders[0].glob("*/*.safetensors") if self._is_step(p))
-
-    def found_snapshots(self) -> list[int]:
-        """The steps after which the optimizer's state was kept.
-
-        Returns:
-            Their numbers, in order.
-        """
-        found = (int(p.stem) for p in (self.path / "snapshots").glob("*.safetensors") if p.stem.isdecimal())
-        return sorted(s for s in found if self.snapshot_path(s).exists())
-
     def delete_after(self, s: int) -> None:
         """Delete the steps and snapshots after step s, the last one first: what is left is a run at any time.
 
@@ -343,15 +224,6 @@ class RunStore(StoreFiles):
             remove(self.snapshot_path(later))
         for later in reversed([t for t in self.found_steps() if t > s]):
             remove(self.step_path(later))
-
-    def found_batches(self) -> list[Path]:
-        """The files of batches.
-
-        Returns:
-            Their paths, sorted.
-        """
-        found = (self.path / "batches").glob("*.safetensors")
-        return sorted(p for p in found if re.fullmatch(_HASH, p.stem))
 
     def count_steps(self, *, until: int | None = None, damaged: bool = False) -> int:
         """How many steps were recorded; every file of theirs is checked for truncation and for a damaged header.
