@@ -51,7 +51,7 @@ class Recomputation:
         """The model is about to be called: note buffers that something changed since the last step."""
         if self._buffers is not None:
             return
-        self._moved = self._writer.buffers_moved()
+        self._moved = self._writer.last.moved_buffers()
         self._buffers = self._subject.buffers() if self._early.due(self._writer.steps + 1) else {}
 
     def note(self, seen: SeenStep) -> None:
@@ -89,7 +89,7 @@ class Recomputation:
         Raises:
             RecordingError: it does not come out as it was recorded.
         """
-        if self._writer.marks is not None and self._writer.steps == 1:
+        if self._writer.mode == "snapshots" and self._writer.steps == 1:
             self._early.check_reading(path, **self._reading)
 
     def forget(self) -> None:

@@ -26,12 +26,13 @@ class _Round:
 
     Attributes:
         began: how many steps of any optimizer had been made. seen: all its steps so far, as one. skipped: optimizers
-            that a gradient scaler kept from stepping. theta: where the parameters stand. buffers: at the last step.
+            that a gradient scaler kept from stepping. moved: the parameters of those that stepped, and where they
+            stand. buffers: at the last step.
         told: the gradient's factor, and how it was clipped.
     """
 
     began: int
-    theta: dict[str, Tensor]
+    moved: dict[str, Tensor] = field(default_factory=dict)
     seen: SeenStep = field(default_factory=SeenStep)
     skipped: set[int] = field(default_factory=set)
     buffers: dict[str, Tensor] = field(default_factory=dict)
@@ -71,9 +72,9 @@ class Rounds:
         return self._round is None or not self._round.met
 
     @property
-    def theta(self) -> dict[str, Tensor]:
-        """Where the parameters stand: after the steps of this round for those that it moved."""
-        return self._writer.last if self._round is None else self._round.theta
+    def moved(self) -> dict[str, Tensor]:
+        """The parameters that the steps of the pending round moved, and where they stand."""
+        return {} if self._round is None else self._round.moved
 
     def enter(self, member: int, gradients: Mapping[str, Tensor], *, told: bool) -> None:
         """An optimizer is about to step: in the pending round, or in the next one.
@@ -98,7 +99,7 @@ class Rounds:
             if points != {began}:
                 raise self._not_of_one_point(member, name, points, began)
         if self._round is None:
-            self._round = _Round(now, dict(self._writer.last))
+            self._round = _Round(now)
         elif told and self._round.met:
             raise RecordingError(
                 "a gradient factor was declared between the steps of two optimizers whose gradients belong together",
@@ -141,7 +142,7 @@ class Rounds:
         found.seen.groups = sorted(groups, key=lambda group: int(group[OWNER]))
         found.seen.gradients |= seen.gradients
         found.seen.stepped = sorted([*found.seen.stepped, member])
-        found.theta |= theta
+        found.moved |= theta
         found.buffers = self._subject.buffers()
         self._origins.stepped(names)
         self._end_if_all_met()
@@ -151,7 +152,7 @@ class Rounds:
         if self._round is not None and member in self._round.met:
             self.end()
         if self._round is None:
-            self._round = _Round(self._origins.now, dict(self._writer.last))
+            self._round = _Round(self._origins.now)
         if not self._round.met:
             self._round.told = told
         self._round.skipped.add(member)
@@ -168,7 +169,7 @@ class Rounds:
             return
         if found.seen.stepped:
             factor, found.seen.clips = found.told
-            self._writer.finish(found.seen, found.theta, self._batches, factor, buffers=found.buffers)
+            self._writer.finish(found.seen, found.moved, self._batches, factor, buffers=found.buffers)
         else:
             self._discarded()
         self._batches.clear()

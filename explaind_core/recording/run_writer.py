@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +14,12 @@ from explaind_core import trees
 from explaind_core.errors import ExplaindError, RecordingError, StoreError
 from explaind_core.naming import plain, qualified_name
 from explaind_core.recording.batch_log import BatchLog
+from explaind_core.recording.last_state import LastState, state_at_start
 from explaind_core.recording.seen_step import SeenStep
-from explaind_core.recording.state_hashes import Marks
 from explaind_core.recording.subject import Subject
 from explaind_core.store import FORMAT, VERSION, RunStore, WriteQueue
 from explaind_core.tensors import check_parameters, copied
 from explaind_core.training_step import describe_loss, environment, provenance
-
-if TYPE_CHECKING:
-    pass  # reading is the next stage
 
 __all__ = ["RunWriter"]
 
@@ -34,26 +31,27 @@ class RunWriter:
         mode: what is written of a step: see :class:`explaind_core.Recorder`.
 
     Attributes:
-        steps: how many are finished. queue: the files of these that are not written yet.
+        last: where the last finished step left the model; set by :meth:`start`, or where a run is resumed.
+        queue: the files of finished steps that are not written yet.
         threads: torch's, when the run was begun.
-        last: the parameters that the last one left, where they are written at every step.
     """
+
+    last: LastState
 
     def __init__(
         self, store: RunStore, subject: Subject, snapshot_every: int, mode: str = "steps", write_behind: int = 0
     ) -> None:
         self.store, self.subject, self.snapshot_every, self.mode = store, subject, snapshot_every, mode
-        self.steps, self.threads = 0, torch.get_num_threads()
+        self.threads = torch.get_num_threads()
         self.queue = WriteQueue(store.path, write_behind)
-        self.marks = Marks(subject) if mode == "snapshots" else None
-        self.last: dict[str, Tensor] = {}
-        self.buffers: dict[str, Tensor] = {}
-        # What a step file holds: all that ever was trained, or changed, so that one file tells a whole state.
-        self.ever_trained: set[str] = set()
-        self.ever_changed: set[str] = set()
         self._outside: dict[str, Tensor] = {}
         self._failure: ExplaindError | None = None
         self.data = ""  # the fingerprint of all batches so far
+
+    @property
+    def steps(self) -> int:
+        """How many steps are finished."""
+        return self.last.step
 
     def start(
         self,
@@ -76,8 +74,7 @@ class RunWriter:
         start = {f"theta/{n}": t for n, t in theta.items()} | {f"buffer/{n}": t for n, t in buffers.items()}
         header, tensors = self._state()
         start |= {f"evaluated/{n}": t for n, t in subject.evaluated(theta).items()}
-        if self.marks is None:
-            self.last, self.buffers = theta, buffers
+        self.last = state_at_start(self.mode, subject, theta, buffers)
         # The start holds the manifest, too: it is small, and without it nothing could be read.
         self.store.write_tensors(self.store.start_path, header | {"manifest": manifest}, start | tensors)
         # The manifest comes last: a folder without one is not a run.
@@ -133,12 +130,6 @@ class RunWriter:
             "buffers": sorted(subject.buffers()),
         }
 
-    def buffers_moved(self) -> dict[str, Tensor]:
-        """Copies of the buffers that do not stand where the last step left them."""
-        if self.marks is not None:
-            return self.subject.buffers() if self.marks.moved_buffers() else {}
-        return {n: b for n, b in self.subject.buffers().items() if not torch.equal(b, self.buffers[n])}
-
     def check_alive(self) -> None:
         """Refuse to go on behind a step that could not be written.
 
@@ -174,31 +165,17 @@ class RunWriter:
         """
         try:
             check_parameters({name: theta[name] for name in seen.gradients}, self.steps + 1)
-            self._write(seen, theta, batches, factor, buffers)
+            left = self.last.after({n for group in seen.groups for n in group["params"]}, theta, buffers)
+            self._write(seen, left, batches, factor)
         except ExplaindError as error:  # the model has moved on, so that no later step can be recorded behind this one
             self._failure = error
             raise
-        self.steps += 1
-        if self.marks is None:
-            self.last = theta
+        self.last = left
         if self.steps % self.snapshot_every == 0:
             self.snapshot(state)
 
-    def _write(
-        self,
-        seen: SeenStep,
-        theta: dict[str, Tensor],
-        batches: BatchLog,
-        factor: float,
-        buffers: dict[str, Tensor] | None,
-    ) -> None:
-        self.ever_trained.update(name for group in seen.groups for name in group["params"])
-        tensors, again = batches.tensors(), dict(seen.again)
-        if self.marks is None:
-            tensors |= self._position(theta, self.subject.buffers() if buffers is None else buffers)
-        else:
-            self.marks.set(self.ever_trained)
-            again |= self.marks.header
+    def _write(self, seen: SeenStep, left: LastState, batches: BatchLog, factor: float) -> None:
+        tensors, again = batches.tensors() | left.tensors(), seen.again | left.header
         if self.mode == "steps":
             tensors |= _gradients(seen.gradients)
         tensors |= {f"before/{n}": b for n, b in seen.buffers_before.items()}
@@ -210,7 +187,7 @@ class RunWriter:
         for k, evaluation in enumerate(seen.evaluations[1:], 1):
             tensors |= {f"closure/{k}/{name}": gradient for name, gradient in evaluation.gradients.items()}
         structure, group_tensors = trees.flatten(seen.groups, "the parameter groups")
-        s = self.steps + 1
+        s = left.step
         header = {"step": s, "groups": structure, "batches": batches.headers(), "gradient_factor": factor} | again
         if seen.clips:
             header["clips"] = seen.clips
@@ -228,21 +205,6 @@ class RunWriter:
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         self.queue.put(lambda: self.store.write_tensors(path, header, tensors), size)
 
-    def _position(self, theta: Mapping[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What tells where the model stands after the coming step."""
-        for name in self.subject.parameters.keys() - self.ever_trained:
-            if not torch.equal(theta[name], self.last[name]):
-                raise RecordingError(
-                    "a parameter that the optimizer does not train changed", where=f"{name!r}, step {self.steps + 1}"
-                )
-        tensors = {f"theta/{name}": theta[name] for name in self.ever_trained}
-        for name, buffer in buffers.items():
-            if name not in self.buffers or not torch.equal(buffer, self.buffers[name]):
-                self.ever_changed.add(name)
-        tensors |= {f"buffer/{name}": buffers[name] for name in self.ever_changed & buffers.keys()}
-        self.buffers = buffers
-        return tensors | {f"evaluated/{n}": t for n, t in self.subject.evaluated(theta).items()}
-
     def _state(self, state: Mapping[str, Mapping[str, Any]] | None = None) -> tuple[Any, dict[str, Tensor]]:
         state = self.subject.state() if state is None else state
         structure, tensors = trees.flatten(state, "the optimizer's state")
@@ -251,16 +213,9 @@ class RunWriter:
     def snapshot(self, state: Mapping[str, Mapping[str, Any]] | None) -> None:
         """Write where the model and the optimizers stand: what a later replay, or training, goes on from."""
         header, tensors = self._state(state)
-        if self.marks is not None:
-            self.marks.check_frozen(self.steps)
-            subject = self.subject
-            theta = {n: copied(p) for n, p in subject.parameters.items() if n in self.ever_trained}
-            header["trained"] = sorted(self.ever_trained)
-            tensors |= {f"theta/{n}": t for n, t in theta.items()}
-            tensors |= {f"buffer/{n}": b for n, b in subject.buffers().items()}
-            tensors |= {f"evaluated/{n}": t for n, t in subject.evaluated(theta).items()}
-        tensors = {n: t if n.startswith(("theta/", "buffer/", "evaluated/")) else copied(t) for n, t in tensors.items()}
-        self._behind(self.store.snapshot_path(self.steps), header, tensors)
+        kept_header, kept_tensors = self.last.snapshot()
+        copies = {name: copied(tensor) for name, tensor in tensors.items()}
+        self._behind(self.store.snapshot_path(self.steps), header | kept_header, copies | kept_tensors)
 
 
 def _gradients(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:

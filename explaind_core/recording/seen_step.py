@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from explaind_core.recording.inner_iterations import Evaluation
-
-if TYPE_CHECKING:
-    pass  # reading is the next stage
 
 __all__ = ["SeenStep"]
 

@@ -127,7 +127,7 @@ class StepWatch:
         pending.groups = self._subject.groups()
         if self._splitter is not None:
             pending.iterations = self._splitter.count(optimizer)
-        self._check_untouched("outside optimizer.step()")
+        self._writer.last.check_untouched("outside optimizer.step()", moved=self._moved())
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._see_gradients(pending)
@@ -148,7 +148,7 @@ class StepWatch:
                 self._batches.drop_repeats(declared, self._coming)
                 self._see_again(pending, result)
             else:
-                self._check_untouched("inside the closure")
+                self._writer.last.check_untouched("inside the closure", moved=self._moved())
                 self._see_gradients(pending, result)
             return result
 
@@ -156,23 +156,9 @@ class StepWatch:
             return (args[0], watched, *args[2:]), kwargs
         return args, {**kwargs, "closure": watched}
 
-    def _check_untouched(self, how: str, *, but: int | None = None) -> None:
-        """Every parameter must stand where the last step left it; those of optimizer ``but`` may have moved."""
-        if self._writer.marks is not None:
-            self._writer.marks.check(how, self._writer.steps)
-            return
-        same = self._subject.untouched if self._again is None else torch.equal
-        left = self._writer.last if self.rounds is None else self.rounds.theta
-        for name, parameter in self._subject.parameters.items():
-            if but is not None and self._subject.owner(name) == but:
-                continue
-            if not same(left[name], parameter.detach().cpu()):
-                raise RecordingError(
-                    f"a parameter changed {how}",
-                    where=f"parameter {name!r}, between step {self._writer.steps} and step {self._coming}",
-                    expected="the value that the last step left",
-                    remedy="make the Recorder after the model is initialised, and change parameters in step() only",
-                )
+    def _moved(self) -> dict[str, Tensor | None]:
+        """The parameters that earlier optimizers moved in the round that is not over, and where to."""
+        return {} if self.rounds is None else dict(self.rounds.moved)
 
     def _see_gradients(self, pending: PendingStep, loss: Any = None) -> None:
         pending.seen = True
@@ -233,13 +219,11 @@ class StepWatch:
             self._skipped(pending.member)
             return
         if self.rounds is not None:
-            self._check_untouched("in the step of another optimizer", but=pending.member)
+            own = dict.fromkeys(n for n in self._subject.parameters if self._subject.owner(n) == pending.member)
+            self._writer.last.check_untouched("in the step of another optimizer", moved=self._moved() | own)
             self.rounds.add(pending.member, pending, self._declared.take())
             return
-        if self._writer.marks is None:
-            theta = self._subject.theta()
-        else:  # only looked at
-            theta = {name: parameter.detach() for name, parameter in self._subject.parameters.items()}
+        theta = self._writer.last.parameters_now()
         if self._splitter is None:
             self._writer.finish(pending, theta, self._batches, self._declared.factor)
             if self._again is not None:
@@ -262,7 +246,7 @@ class StepWatch:
     def _finish_iterations(self, splitter: IterationSplitter, pending: PendingStep, theta: dict[str, Tensor]) -> None:
         count = splitter.count(self._subject.optimizers[0]) - pending.iterations
         found = splitter.split(pending.evaluations, pending.groups, count, self._coming, self._writer.snapshot_every)
-        reached = found[-1].theta if found else self._writer.last
+        reached = found[-1].theta if found else pending.evaluations[0].theta
         for name, value in theta.items():
             if not torch.equal(reached[name], value):
                 raise RecordingError(

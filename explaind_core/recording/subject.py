@@ -177,14 +177,6 @@ class Subject:
                 found[name] = copied(self.rule.evaluated(theta[name], state.get(name, {}), group))
         return found
 
-    def untouched(self, left: Tensor, found: Tensor) -> bool:
-        """Whether ``found`` is what the last step left."""
-        if not self.rule.evaluates_elsewhere or left.numel() == 0:
-            return torch.equal(left, found)
-        # Going to the evaluated point and back rounds; anything beyond that rounding is a change.
-        allowed = 16 * torch.finfo(left.dtype).eps * float(left.abs().max())
-        return float((left.double() - found.double()).abs().max()) <= allowed
-
 
 def _described(optimizer: torch.optim.Optimizer, registered: RegisteredRule) -> dict[str, Any]:
     rule = registered.rule
