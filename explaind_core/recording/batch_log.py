@@ -15,7 +15,7 @@ from explaind_core.data import IndexedDataset
 from explaind_core.errors import QuestionError, RecordingError
 from explaind_core.store import RunStore
 from explaind_core.tensors import copied
-from explaind_core.training_step import ForwardState, content_hash, read_again, row_hashes
+from explaind_core.training_step import BatchContent, ForwardState, read_again
 
 __all__ = ["BatchLog"]
 
@@ -26,8 +26,9 @@ class BatchLog:
     Attributes:
         entries: one per micro-batch: where its content lies (``key``) and its ``weight``. ids: its sample ids.
         forwards: how the model stood when it was passed through, None where no pass was seen.
-        contents: inputs and targets, kept where ``keeps`` is set.
-        again: what tells a batch that is not stored, but will be read again: draws and hashes of its samples.
+        keeps: whether contents are kept until the step is over.
+        contents: inputs and targets of each, where they are kept.
+        reread: what tells a batch that is not stored, but will be read again: draws and hashes of its samples.
     """
 
     def __init__(self, store: RunStore, train_size: int | None, inputs: str | IndexedDataset = "stored") -> None:
@@ -40,27 +41,27 @@ class BatchLog:
             )
         self._store, self._train_size = store, train_size
         self._stored, self._dataset = inputs == "stored", inputs if isinstance(inputs, IndexedDataset) else None
-        self.again: list[dict[str, Tensor]] = []
+        self.reread: list[dict[str, Tensor]] = []
         self._known: set[str] = set()
         self.entries: list[dict[str, Any]] = []
         self.ids: list[Tensor] = []
         self.forwards: list[ForwardState | None] = []
         self._scales: list[float] = []
         self.keeps = False
-        self.contents: list[dict[str, Any]] = []
+        self.contents: list[BatchContent] = []
 
     def clear(self) -> None:
         """Forget what was declared."""
         self.entries, self.ids, self.forwards, self._scales, self.contents = [], [], [], [], []
-        self.again = []
+        self.reread = []
 
     def tensors(self) -> dict[str, Tensor]:
         """The ids and the random states, as a step file holds them."""
         found = {f"ids/{index}": ids for index, ids in enumerate(self.ids)}
         for index, forward in enumerate(self.forwards):
             found |= {f"rng/{index}/{device}": state for device, state in (forward.rng if forward else {}).items()}
-        for index, again in enumerate(self.again):
-            found |= {f"{name}/{index}": tensor for name, tensor in again.items()}
+        for index, known_by in enumerate(self.reread):
+            found |= {f"{name}/{index}": tensor for name, tensor in known_by.items()}
         return found
 
     def headers(self) -> list[dict[str, Any]]:
@@ -114,7 +115,7 @@ class BatchLog:
                 remedy="draw the batch outside the closure",
             )
         del self.entries[first:], self.ids[first:], self.forwards[first:], self._scales[first:], self.contents[first:]
-        del self.again[first:]
+        del self.reread[first:]
 
     def declare(
         self,
@@ -163,23 +164,23 @@ class BatchLog:
                 got=bad[:5].tolist(),
                 remedy="pass the positions of the samples in the training set",
             )
-        structure, tensors = trees.flatten({"inputs": inputs, "targets": targets}, "the batch")
+        given = BatchContent.of(inputs, targets)
         # Copies: inputs and targets may be one tensor, or overlap (an autoencoder, a language model).
-        stored = {key: copied(tensor) for key, tensor in tensors.items()}
-        key, ids = content_hash(structure, stored), copied(ids.to(torch.int64))
+        content = BatchContent(given.structure, {key: copied(tensor) for key, tensor in given.tensors.items()})
+        ids = copied(ids.to(torch.int64))
         if not self._stored:
-            self._note(key, ids, trees.unflatten(structure, stored), draws, step)
-        elif key not in self._known and not self._store.batch_path(key).exists():
-            self._store.write_tensors(self._store.batch_path(key), structure, stored)
-        self._known.add(key)
-        self.entries.append({"key": key, "weight": float(weight)} | ({} if self._stored else {"reread": True}))
+            self._note(content, ids, draws, step)
+        elif content.hash not in self._known and not self._store.batch_path(content.hash).exists():
+            self._store.write_tensors(self._store.batch_path(content.hash), content.structure, content.tensors)
+        self._known.add(content.hash)
+        self.entries.append({"key": content.hash, "weight": float(weight)} | ({} if self._stored else {"reread": True}))
         self.ids.append(ids)
         self.forwards.append(forward)
         if self.keeps:
-            self.contents.append(trees.unflatten(structure, stored))
+            self.contents.append(content)
         self._scales.append(float(scale))
 
-    def _note(self, key: str, ids: Tensor, content: Any, draws: Any, step: int) -> None:
+    def _note(self, content: BatchContent, ids: Tensor, draws: Any, step: int) -> None:
         """Note what tells a batch that is not stored; the first one is read again at once."""
         if draws is not None:
             draws = copied(torch.as_tensor(draws).to(torch.int64))
@@ -190,7 +191,7 @@ class BatchLog:
                     expected=tuple(ids.shape),
                     got=tuple(draws.shape),
                 )
-        rows = row_hashes(content, len(ids))
+        rows = content.row_hashes(len(ids))
         if self._dataset is not None and not self._known:
-            read_again(self._dataset, ids, draws, key, rows, step=step)
-        self.again.append({"rows": rows} | ({} if draws is None else {"draws": draws}))
+            read_again(self._dataset, ids, draws, content.hash, rows, step=step)
+        self.reread.append({"rows": rows} | ({} if draws is None else {"draws": draws}))

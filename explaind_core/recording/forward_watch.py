@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from explaind_core.naming import plain_name
-from explaind_core.training_step import ForwardState, _random_state
+from explaind_core.training_step import ForwardState, random_state
 
 __all__ = ["ForwardWatch"]
 
@@ -55,7 +55,7 @@ class ForwardWatch:
         seen, self._seen = self._seen, None
         if seen is None:
             return None
-        drawn = {name: state for name, state in seen.rng.items() if not torch.equal(state, _random_state(name))}
+        drawn = {name: state for name, state in seen.rng.items() if not torch.equal(state, random_state(name))}
         return replace(seen, rng=drawn)
 
     def close(self) -> None:
@@ -83,7 +83,7 @@ class ForwardWatch:
             tuple(name for name, module in self._names if module.training is not training),
             None if cast is None else str(torch.get_autocast_dtype(cast)),
             self._types[0] if cast is None else cast,
-            {str(device): _random_state(device) for device in self._devices},
+            {str(device): random_state(device) for device in self._devices},
         )
 
 

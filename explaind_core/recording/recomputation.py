@@ -69,7 +69,7 @@ class Recomputation:
         seen.buffers_before = self._moved
         if batches.keeps and batches.contents:
             batch = [
-                MicroBatch(ids, content["inputs"], content["targets"], entry["weight"], forward)
+                MicroBatch(ids, content.inputs, content.targets, entry["weight"], forward)
                 for ids, content, entry, forward in zip(
                     batches.ids, batches.contents, batches.entries, batches.forwards, strict=True
                 )

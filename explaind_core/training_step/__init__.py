@@ -6,18 +6,20 @@ It may import errors, naming, tensors, trees and data; it knows no run.
 from __future__ import annotations
 
 from explaind_core.training_step.batch import Batch, MicroBatch
+from explaind_core.training_step.batch_content import BatchContent
 from explaind_core.training_step.environment import differences, environment, git_commit, provenance, threads
 from explaind_core.training_step.fingerprints import fingerprint
-from explaind_core.training_step.forward_state import ForwardState, _random_state
+from explaind_core.training_step.forward_state import ForwardState, random_state
 from explaind_core.training_step.losses import LossFunction, describe_loss, per_sample_loss, rebuild_loss
 from explaind_core.training_step.model import ModelCall, ParameterInfo, run_model
 from explaind_core.training_step.optimizers import rebuild_optimizer
 from explaind_core.training_step.recipe import GradientFunction, Recipe, candidates, different
-from explaind_core.training_step.reread import content_hash, read_again, row_hashes
+from explaind_core.training_step.reread import read_again
 from explaind_core.training_step.transformers_losses import loss_of, returned
 
 __all__ = [
     "Batch",
+    "BatchContent",
     "ForwardState",
     "GradientFunction",
     "LossFunction",
@@ -25,9 +27,7 @@ __all__ = [
     "ModelCall",
     "ParameterInfo",
     "Recipe",
-    "_random_state",
     "candidates",
-    "content_hash",
     "describe_loss",
     "differences",
     "different",
@@ -37,11 +37,11 @@ __all__ = [
     "loss_of",
     "per_sample_loss",
     "provenance",
+    "random_state",
     "read_again",
     "rebuild_loss",
     "rebuild_optimizer",
     "returned",
-    "row_hashes",
     "run_model",
     "threads",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from explaind_core.errors import StoreError
 
-__all__ = ["ForwardState"]
+__all__ = ["ForwardState", "random_state"]
 
 
 @dataclass(frozen=True, eq=False)  # it holds tensors
@@ -110,7 +110,19 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
         ) from error
 
 
-def _random_state(device: str | torch.device) -> Tensor:
+def random_state(device: str | torch.device) -> Tensor:
+    """Where a device's global random number generator stands.
+
+    Args:
+        device: ``"cpu"``, or where a model lies.
+
+    Returns:
+        Its state, uint8.
+
+    Example:
+        >>> torch.equal(random_state("cpu"), torch.get_rng_state())
+        True
+    """
     device = torch.device(device)
     if device.type == "cpu":
         return torch.get_rng_state()

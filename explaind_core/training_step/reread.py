@@ -2,49 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
-from xxhash import xxh3_64, xxh3_128
 
-from explaind_core import trees
 from explaind_core.data import IndexedDataset
 from explaind_core.errors import ExplaindError, QuestionError, StoreError
+from explaind_core.training_step.batch_content import BatchContent
 
-__all__ = ["content_hash", "read_again", "row_hashes"]
-
-
-def content_hash(structure: Any, tensors: Mapping[str, Tensor]) -> str:
-    """Of a batch's content, split by ``trees.flatten``: names, dtypes, shapes and every byte."""
-    digest = xxh3_128(repr(structure).encode())
-    for key, tensor in tensors.items():
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes(tensor).data if tensor.numel() else b"")
-    return digest.hexdigest()
-
-
-def row_hashes(content: Any, samples: int) -> Tensor:
-    """A hash of each sample's part of a batch: int64 ``[n]``. It tells which samples are not as they were.
-
-    Example:
-        >>> a, b = row_hashes(torch.tensor([[1.0], [2.0]]), 2), row_hashes((torch.tensor([[1.0], [3.0]]), None), 2)
-        >>> (a == b).tolist()
-        [True, False]
-    """
-    digests = [xxh3_64() for _ in range(samples)]
-    for tensor in trees.leaves(content):
-        if tensor.ndim and len(tensor) == samples and tensor.numel():
-            for digest, row in zip(digests, _bytes(tensor).reshape(samples, -1), strict=True):
-                digest.update(row.data)
-    numbers = [int.from_bytes(digest.digest(), "little", signed=True) for digest in digests]
-    return torch.tensor(numbers, dtype=torch.int64)
-
-
-def _bytes(tensor: Tensor) -> np.ndarray[Any, Any]:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+__all__ = ["read_again"]
 
 
 def read_again(
@@ -53,8 +19,15 @@ def read_again(
     """Inputs and targets of a micro-batch that was not stored.
 
     Args:
-        dataset: where to read it. ids, draws: which samples. key, rows: what :func:`content_hash` and
-            :func:`row_hashes` gave of it. step: for errors.
+        dataset: where to read it; None where there is none.
+        ids: which samples, int64 ``[n]``.
+        draws: which draw of each, int64 ``[n]``; None where they are the same at every reading.
+        key: the :attr:`BatchContent.hash` that it had.
+        rows: the :meth:`BatchContent.row_hashes` that it had.
+        step: whose batch it is, for errors.
+
+    Returns:
+        ``(inputs, targets)``.
 
     Raises:
         QuestionError: there is no dataset.
@@ -78,10 +51,9 @@ def read_again(
             where=f"{where}: samples {_some(ids)}",
             remedy="open the run with the dataset that it was recorded with",
         ) from error
-    content = {"inputs": batch.inputs, "targets": batch.targets}
-    structure, tensors = trees.flatten(content, where)
-    if content_hash(structure, tensors) != key:
-        other = ids[row_hashes(content, len(ids)) != rows]
+    content = BatchContent.of(batch.inputs, batch.targets, where)
+    if content.hash != key:
+        other = ids[content.row_hashes(len(ids)) != rows]
         raise StoreError(
             "samples that were read again are not as they were when the run was recorded",
             where=f"{where}: samples {_some(other)}" if len(other) else where,
