@@ -26,7 +26,7 @@ class BatchLog:
     Attributes:
         entries: one per micro-batch: where its content lies (``key``) and its ``weight``. ids: its sample ids.
         forwards: how the model stood when it was passed through, None where no pass was seen.
-        keeps: whether contents are kept until the step is over.
+        keeps_contents: whether contents are kept until the step is over.
         contents: inputs and targets of each, where they are kept.
         reread: what tells a batch that is not stored, but will be read again: draws and hashes of its samples.
     """
@@ -42,12 +42,12 @@ class BatchLog:
         self._store, self._train_size = store, train_size
         self._stored, self._dataset = inputs == "stored", inputs if isinstance(inputs, IndexedDataset) else None
         self.reread: list[dict[str, Tensor]] = []
-        self._known: set[str] = set()
+        self._seen_hashes: set[str] = set()
         self.entries: list[dict[str, Any]] = []
         self.ids: list[Tensor] = []
         self.forwards: list[ForwardState | None] = []
         self._scales: list[float] = []
-        self.keeps = False
+        self.keeps_contents = False
         self.contents: list[BatchContent] = []
 
     def clear(self) -> None:
@@ -79,7 +79,7 @@ class BatchLog:
             digest.update(ids.numpy().tobytes())
         return str(digest.hexdigest())
 
-    def settle(self, after: ForwardState | None, scale: float | None = None) -> None:
+    def assign_passes(self, after: ForwardState | None, scale: float | None = None) -> None:
         """Give every batch its pass, once the gradient is there; ``after`` is the pass behind the last batch.
 
         A batch is declared behind its pass, or before it. In the second case no pass stands before the first batch and
@@ -169,18 +169,18 @@ class BatchLog:
         content = BatchContent(given.structure, {key: copied(tensor) for key, tensor in given.tensors.items()})
         ids = copied(ids.to(torch.int64))
         if not self._stored:
-            self._note(content, ids, draws, step)
-        elif content.hash not in self._known and not self._store.batch_path(content.hash).exists():
+            self._note_reread(content, ids, draws, step)
+        elif content.hash not in self._seen_hashes and not self._store.batch_path(content.hash).exists():
             self._store.write_tensors(self._store.batch_path(content.hash), content.structure, content.tensors)
-        self._known.add(content.hash)
+        self._seen_hashes.add(content.hash)
         self.entries.append({"key": content.hash, "weight": float(weight)} | ({} if self._stored else {"reread": True}))
         self.ids.append(ids)
         self.forwards.append(forward)
-        if self.keeps:
+        if self.keeps_contents:
             self.contents.append(content)
         self._scales.append(float(scale))
 
-    def _note(self, content: BatchContent, ids: Tensor, draws: Any, step: int) -> None:
+    def _note_reread(self, content: BatchContent, ids: Tensor, draws: Any, step: int) -> None:
         """Note what tells a batch that is not stored; the first one is read again at once."""
         if draws is not None:
             draws = copied(torch.as_tensor(draws).to(torch.int64))
@@ -192,6 +192,6 @@ class BatchLog:
                     got=tuple(draws.shape),
                 )
         rows = content.row_hashes(len(ids))
-        if self._dataset is not None and not self._known:
+        if self._dataset is not None and not self._seen_hashes:
             read_again(self._dataset, ids, draws, content.hash, rows, step=step)
         self.reread.append({"rows": rows} | ({} if draws is None else {"draws": draws}))

@@ -10,24 +10,25 @@ from torch import Tensor
 
 from explaind_core.errors import NonFiniteError, RecordingError
 
-__all__ = ["Declared"]
+__all__ = ["DeclaredClipping"]
 
 
 @dataclass
-class Declared:
-    """Of the coming step's gradient.
+class DeclaredClipping:
+    """What a loop declared of the coming step's gradient.
 
     Attributes:
-        factor: by what it was multiplied after ``backward()``. clips: how it was clipped, in order.
+        factor: by what it was multiplied after ``backward()``.
+        clips: how it was clipped, in order: ``["norm", limit, type]`` or ``["value", limit]``.
 
     Example:
-        >>> declared = Declared()
+        >>> declared = DeclaredClipping()
         >>> declared.clipped(1, norm=1.0, found=4.0)
         >>> round(declared.factor, 6), declared.clips
         (0.25, [['norm', 1.0, 2.0]])
         >>> _ = declared.take()
         >>> declared
-        Declared(factor=1.0, clips=[])
+        DeclaredClipping(factor=1.0, clips=[])
     """
 
     factor: float = 1.0
@@ -42,7 +43,18 @@ class Declared:
         value: float | None = None,
         found: float | Tensor | None = None,
     ) -> None:
-        """See :meth:`explaind_core.Recorder.clipped`."""
+        """Add a clipping; see :meth:`explaind_core.Recorder.clipped`.
+
+        Args:
+            step: the number of the coming step, for the error.
+            norm: the largest norm that was left.
+            norm_type: of which norm.
+            value: the largest entry that was left.
+            found: the norm before, where it is known.
+
+        Raises:
+            RecordingError: neither a norm nor a value is given.
+        """
         if norm is None and value is None:
             raise RecordingError(
                 "clipping has a norm or a value",
@@ -58,17 +70,29 @@ class Declared:
             self.clips.append(["value", float(value)])
 
     def multiplied(self, step: int, factor: float) -> None:
-        """See :meth:`explaind_core.Recorder.gradient_factor`."""
+        """Multiply the factor; see :meth:`explaind_core.Recorder.gradient_factor`.
+
+        Args:
+            step: the number of the coming step, for the error.
+            factor: what the gradient was multiplied by.
+
+        Raises:
+            NonFiniteError: it is NaN or infinite.
+        """
         if not math.isfinite(factor):
             raise NonFiniteError("the gradient factor is not finite", where=f"step {step}", got=factor)
         self.factor *= float(factor)
 
     def take(self) -> tuple[float, list[list[Any]]]:
-        """``(factor, clips)``, which are forgotten: nothing is said of the step after."""
-        said = self.factor, self.clips
+        """Take what was declared, and forget it: nothing is declared of the step after.
+
+        Returns:
+            ``(factor, clips)``.
+        """
+        declared = self.factor, self.clips
         self.factor, self.clips = 1.0, []
-        return said
+        return declared
 
     def __bool__(self) -> bool:
-        """Whether anything was said."""
+        """Whether anything was declared."""
         return self.factor != 1.0 or bool(self.clips)

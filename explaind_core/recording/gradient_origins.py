@@ -14,10 +14,15 @@ __all__ = ["GradientOrigins"]
 
 @dataclass(frozen=True)
 class _Stamp:
-    """When the parts of one gradient tensor were added to it."""
+    """Of one gradient tensor: the points at which its parts were taken.
+
+    Attributes:
+        tensor: a weak reference: a gradient that the loop lets go of must not be kept in memory.
+        points: after how many steps each part was taken.
+    """
 
     tensor: TensorWeakRef
-    taken: frozenset[int]
+    points: frozenset[int]
 
 
 class GradientOrigins:
@@ -31,16 +36,16 @@ class GradientOrigins:
         parameters: the model's, by name.
 
     Attributes:
-        now: how many steps of any optimizer were made.
+        now: how many steps of any optimizer were made: the point where the model stands.
 
     Example:
         >>> import torch
         >>> weight = nn.Parameter(torch.ones(2))
         >>> origins = GradientOrigins({"weight": weight})
         >>> weight.sum().backward()
-        >>> origins.stepped([])
+        >>> origins.count_step([])
         >>> weight.sum().backward()
-        >>> sorted(origins.of(["weight"])["weight"])
+        >>> sorted(origins.points_of(["weight"])["weight"])
         [0, 1]
         >>> origins.close()
     """
@@ -49,28 +54,39 @@ class GradientOrigins:
         self.now = 0
         self._parameters = parameters
         self._stamps: dict[str, _Stamp] = {}
-        self._kept: dict[str, frozenset[int]] = {}
+        self._points_before: dict[str, frozenset[int]] = {}
         self._handles: dict[str, list[RemovableHandle]] = {}
-        self.look()
+        self.follow()
 
-    def look(self) -> None:
+    def follow(self) -> None:
         """Follow parameters that require gradients now, and gradients that were put there by hand."""
         for name, parameter in self._parameters.items():
             if parameter.requires_grad and name not in self._handles:  # others refuse hooks
                 self._handles[name] = [
-                    parameter.register_hook(self._coming(name)),  # type: ignore[no-untyped-call]
-                    parameter.register_post_accumulate_grad_hook(self._added(name)),  # type: ignore[no-untyped-call]
+                    parameter.register_hook(self._before_accumulation(name)),  # type: ignore[no-untyped-call]
+                    parameter.register_post_accumulate_grad_hook(self._after_accumulation(name)),  # type: ignore[no-untyped-call]
                 ]
-            self._taken(name)
+            self._points(name)
 
-    def of(self, names: Iterable[str]) -> dict[str, frozenset[int]]:
-        """After how many steps the parts of these parameters' gradients were taken, where one is not zero."""
-        found = {name: self._taken(name) for name in names}
+    def points_of(self, names: Iterable[str]) -> dict[str, frozenset[int]]:
+        """The points at which the parts of gradients were taken: after how many steps.
+
+        Args:
+            names: of the parameters.
+
+        Returns:
+            By name; parameters without a gradient, and with zeros that earlier steps left, are left out.
+        """
+        found = {name: self._points(name) for name in names}
         # A zero that was left there is the same wherever it was taken.
-        return {n: t for n, t in found.items() if t and (t == {self.now} or _any(self._parameters[n].grad))}
+        return {n: p for n, p in found.items() if p and (p == {self.now} or _is_nonzero(self._parameters[n].grad))}
 
-    def stepped(self, names: Iterable[str]) -> None:
-        """Count a step; the gradients of the parameters ``names``, which it may have overwritten, are of before it."""
+    def count_step(self, names: Iterable[str]) -> None:
+        """Count a step of an optimizer.
+
+        Args:
+            names: the parameters that it trains; their gradients, which it may have overwritten, are of before it.
+        """
         for name in names:
             gradient = self._parameters[name].grad
             if gradient is not None:
@@ -82,36 +98,35 @@ class GradientOrigins:
         for handle in (h for handles in self._handles.values() for h in handles):
             handle.remove()
 
-    def _taken(self, name: str) -> frozenset[int]:
+    def _points(self, name: str) -> frozenset[int]:
         gradient = self._parameters[name].grad
         if gradient is None:
             return frozenset()
         stamp = self._stamps.get(name)
         if stamp is not None and stamp.tensor() is gradient:
-            return stamp.taken
+            return stamp.points
         return self._stamp(name, gradient, frozenset({self.now}))
 
-    def _stamp(self, name: str, gradient: Tensor, taken: frozenset[int]) -> frozenset[int]:
-        # A weak reference: a gradient that the loop lets go of must not be kept in memory.
-        self._stamps[name] = _Stamp(TensorWeakRef(gradient), taken)
-        return taken
+    def _stamp(self, name: str, gradient: Tensor, points: frozenset[int]) -> frozenset[int]:
+        self._stamps[name] = _Stamp(TensorWeakRef(gradient), points)
+        return points
 
-    def _coming(self, name: str) -> Callable[[Tensor], None]:
+    def _before_accumulation(self, name: str) -> Callable[[Tensor], None]:
         def before(_coming: Tensor) -> None:
-            kept, there = self._taken(name), self._parameters[name].grad
-            self._kept[name] = kept if kept <= {self.now} or _any(there) else frozenset()
+            kept, there = self._points(name), self._parameters[name].grad
+            self._points_before[name] = kept if kept <= {self.now} or _is_nonzero(there) else frozenset()
 
         return before
 
-    def _added(self, name: str) -> Callable[[Tensor], None]:
+    def _after_accumulation(self, name: str) -> Callable[[Tensor], None]:
         def after(parameter: Tensor) -> None:
             if parameter.grad is not None:
-                self._stamp(name, parameter.grad, self._kept.pop(name, frozenset()) | {self.now})
+                self._stamp(name, parameter.grad, self._points_before.pop(name, frozenset()) | {self.now})
 
         return after
 
 
-def _any(gradient: Tensor | None) -> bool:
+def _is_nonzero(gradient: Tensor | None) -> bool:
     if gradient is None:
         return False
     return bool((gradient._values() if gradient.is_sparse else gradient).any())

@@ -38,7 +38,7 @@ class Iteration:
 
     Attributes:
         groups: the hyper-parameters under which one call of ``step(closure)`` makes it.
-        evaluations: what that call is told, the one at its starting point first.
+        evaluations: what that call is fed, the one at its starting point first.
         theta: the parameters after it. state: the optimizer's state after it, where it was asked for.
     """
 
@@ -94,36 +94,36 @@ class IterationSplitter:
         """
         used, current, found = 1, evaluations[0], []
         for index in range(count):
-            mine = [{**group, **self._rule.one_iteration(group, used)} for group in groups]
-            told: list[Evaluation] = []
+            one_iteration = [{**group, **self._rule.one_iteration(group, used)} for group in groups]
+            fed: list[Evaluation] = []
 
-            def closure(current: Evaluation = current, told: list[Evaluation] = told) -> float:
+            def closure(current: Evaluation = current, fed: list[Evaluation] = fed) -> float:
                 nonlocal used
-                if told:
+                if fed:
                     if used == len(evaluations):
                         raise self._lost(step)
                     used += 1
-                told.append(evaluations[used - 1] if told else current)
+                fed.append(evaluations[used - 1] if fed else current)
                 for name, parameter in self._parameters.items():
-                    gradient = told[-1].gradients.get(name)
+                    gradient = fed[-1].gradients.get(name)
                     parameter.grad = None if gradient is None else gradient.clone()
-                return told[-1].loss
+                return fed[-1].loss
 
-            self._move_to(current.theta, mine)
+            self._move_to(current.theta, one_iteration)
             self._shadow.step(closure)
             theta = {name: p.detach().clone() for name, p in self._parameters.items()}
             # A copy: the next iteration changes tensors and lists of the state in place.
             state = _cloned(self._state()) if (step + index) % snapshot_every == 0 else None
-            found.append(Iteration(mine, tuple(told), theta, state))
+            found.append(Iteration(one_iteration, tuple(fed), theta, state))
             if index + 1 < count:
                 # A line search has evaluated the new iterate already; without one it is evaluated next.
-                here = [evaluation for evaluation in told if _same(evaluation.theta, theta)]
-                if not here and used < len(evaluations):
-                    here = [evaluations[used]]
+                at_iterate = [evaluation for evaluation in fed if _same(evaluation.theta, theta)]
+                if not at_iterate and used < len(evaluations):
+                    at_iterate = [evaluations[used]]
                     used += 1
-                if not here or not _same(here[-1].theta, theta):
+                if not at_iterate or not _same(at_iterate[-1].theta, theta):
                     raise self._lost(step)
-                current = here[-1]
+                current = at_iterate[-1]
         return found
 
     def _lost(self, step: int) -> RecordingError:

@@ -16,9 +16,9 @@ from torch.amp import GradScaler
 from explaind_core.data import IndexedDataset
 from explaind_core.errors import ExplaindError, NonFiniteError, RecordingError
 from explaind_core.recording.batch_log import BatchLog
-from explaind_core.recording.declared_clipping import Declared
+from explaind_core.recording.declared_clipping import DeclaredClipping
 from explaind_core.recording.early_check import EarlyCheck, check_mode
-from explaind_core.recording.recomputation import Recomputation
+from explaind_core.recording.recomputation_notes import RecomputationNotes
 from explaind_core.recording.resume import resume as stand_behind
 from explaind_core.recording.run_writer import RunWriter
 from explaind_core.recording.scaler_watch import check_scaler
@@ -138,8 +138,12 @@ class Recorder:
             )
         self._store = RunStore(path, compress=compression is not None)
         self._writer = RunWriter(self._store, self._subject, snapshot_every, mode, write_behind)
-        early = None if mode == "steps" else EarlyCheck(self._subject, mode, loss, gradient, penalty)
-        self._batches, self._declared, self._stopped = BatchLog(self._store, train_size, inputs), Declared(), False
+        early_check = None if mode == "steps" else EarlyCheck(self._subject, mode, loss, gradient, penalty)
+        self._batches, self._clipping, self._stopped = (
+            BatchLog(self._store, train_size, inputs),
+            DeclaredClipping(),
+            False,
+        )
         self._expected_size = store_size(
             model, optimizers, expected_steps or 0, mode=mode, snapshot_every=snapshot_every
         )
@@ -153,15 +157,22 @@ class Recorder:
         except BaseException:  # what refuses the run must not keep others from it
             self._store.unlock()
             raise
-        self._again: Recomputation | None = None
-        if early is not None:
+        self._recomputation: RecomputationNotes | None = None
+        if early_check is not None:
             dataset = inputs if isinstance(inputs, IndexedDataset) else None
             reading = {"rule": rule, "registry": registry, "make_optimizer": make_optimizer, "dataset": dataset}
-            self._again = Recomputation(
-                early, self._subject, self._writer, self._batches, modelled=gradient is None, reading=reading
+            self._recomputation = RecomputationNotes(
+                early_check, self._subject, self._writer, self._batches, modelled=gradient is None, reading=reading
             )
         self._watch = StepWatch(
-            self._store.path, model, self._subject, self._writer, self._batches, self._declared, self._again, scaler
+            self._store.path,
+            model,
+            self._subject,
+            self._writer,
+            self._batches,
+            self._clipping,
+            self._recomputation,
+            scaler,
         )
 
     @property
@@ -206,8 +217,8 @@ class Recorder:
         """
         self._watch.end_round()
         self._writer.queue.check()
-        if self._again is not None:
-            self._again.expect()
+        if self._recomputation is not None:
+            self._recomputation.expect_batch()
         self._batches.declare(inputs, targets, ids, weight, self.steps + 1, self._watch.forwards.take(), scale, draws)
 
     def discard_batch(self) -> None:
@@ -256,7 +267,7 @@ class Recorder:
         Raises:
             RecordingError: neither a norm nor a value is given.
         """
-        self._declared.clipped(self.steps + 1, norm=norm, norm_type=norm_type, value=value, found=found)
+        self._clipping.clipped(self.steps + 1, norm=norm, norm_type=norm_type, value=value, found=found)
 
     def gradient_factor(self, factor: float) -> None:
         """Tell by what the coming step's gradient was multiplied after ``backward()``: a clip coefficient.
@@ -268,13 +279,13 @@ class Recorder:
             NonFiniteError: the factor is NaN or infinite.
             RecordingError: in a mode that computes gradients again: a factor does not tell how it was rounded.
         """
-        if self._again is not None and factor != 1.0:
+        if self._recomputation is not None and factor != 1.0:
             raise RecordingError(
                 "a factor alone does not tell how the gradient was rounded",
                 where=f"mode={self._writer.mode!r}, step {self.steps + 1}",
                 remedy="use recorder.clip_grad_norm_, or declare clipping with recorder.clipped; or mode='steps'",
             )
-        self._declared.multiplied(self.steps + 1, factor)
+        self._clipping.multiplied(self.steps + 1, factor)
 
     def log(self, **metrics: float | Tensor) -> None:
         """Keep numbers (a loss, an accuracy) with the last finished step; ``run.metrics`` returns them.

@@ -175,12 +175,12 @@ class RunWriter:
             self.snapshot(state)
 
     def _write(self, seen: SeenStep, left: LastState, batches: BatchLog, factor: float) -> None:
-        tensors, again = batches.tensors() | left.tensors(), seen.again | left.header
+        tensors, more = batches.tensors() | left.tensors(), seen.recomputation | left.header
         if self.mode == "steps":
             tensors |= _gradients(seen.gradients)
         tensors |= {f"before/{n}": b for n, b in seen.buffers_before.items()}
         if seen.buffers_before:
-            again["buffers_before"] = list(seen.buffers_before)
+            more["buffers_before"] = list(seen.buffers_before)
         outside = self.subject.outside(self._outside)
         self._outside |= outside
         tensors |= {f"outside/{key}": t for key, t in outside.items()}
@@ -188,7 +188,7 @@ class RunWriter:
             tensors |= {f"closure/{k}/{name}": gradient for name, gradient in evaluation.gradients.items()}
         structure, group_tensors = trees.flatten(seen.groups, "the parameter groups")
         s = left.step
-        header = {"step": s, "groups": structure, "batches": batches.headers(), "gradient_factor": factor} | again
+        header = {"step": s, "groups": structure, "batches": batches.headers(), "gradient_factor": factor} | more
         if seen.clips:
             header["clips"] = seen.clips
         if seen.stepped:

@@ -17,10 +17,13 @@ class SeenStep:
     """What was seen of a step.
 
     Attributes:
-        gradients: as fed. groups: before it. evaluations: closure calls, if it iterates.
-        clips: how the gradients were clipped, in order. stepped: which of several optimizers made it; empty for one.
+        gradients: by parameter, as the optimizer was fed them.
+        groups: the hyper-parameters of every group, before it.
+        evaluations: the calls of its closure, where the optimizer iterates inside a step.
+        clips: how the gradients were clipped, in order.
         buffers_before: buffers that did not stand where the last step left them when the model was called.
-        again: what else is needed to compute the gradients again, as JSON.
+        recomputation: what else is needed to compute the gradients again, as JSON.
+        stepped: which of several optimizers made it; empty for one.
     """
 
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -28,5 +31,5 @@ class SeenStep:
     evaluations: list[Evaluation] = field(default_factory=list)
     clips: list[list[Any]] = field(default_factory=list)
     buffers_before: dict[str, Tensor] = field(default_factory=dict)
-    again: dict[str, Any] = field(default_factory=dict)
+    recomputation: dict[str, Any] = field(default_factory=dict)
     stepped: list[int] = field(default_factory=list)
