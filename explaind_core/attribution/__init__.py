@@ -5,10 +5,9 @@ It may import strategies, questions, results and what these may import.
 
 from __future__ import annotations
 
-from explaind_core.attribution.attribute import answer, attribute, forwards
+from explaind_core.attribution.attribute import answer, attribute, contributions
 from explaind_core.attribution.frame import Frame
 from explaind_core.attribution.plan import GUESSED_NODES, Plan, plan, plan_of
-from explaind_core.attribution.probe import first_needed, peak_memory, replayed, timed
 from explaind_core.attribution.verify import Verification, verify
 
 __all__ = [
@@ -18,12 +17,8 @@ __all__ = [
     "Verification",
     "answer",
     "attribute",
-    "first_needed",
-    "forwards",
-    "peak_memory",
+    "contributions",
     "plan",
     "plan_of",
-    "replayed",
-    "timed",
     "verify",
 ]

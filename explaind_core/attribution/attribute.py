@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import xarray as xr
 
 from explaind_core.attribution.frame import Frame
-from explaind_core.decomposition import Tape
 from explaind_core.errors import QuestionError
-from explaind_core.progress import counted
-from explaind_core.questions import DEFAULT_AXES, Contribution, Question, finite_values, readable_size
+from explaind_core.questions import DEFAULT_AXES, Contribution, Question
 from explaind_core.results import TERMS, ResultWriter, closure_error, summed
 from explaind_core.results import result_writer as appending
 from explaind_core.run import Run
-from explaind_core.strategies import Adjoint, Choice, choose, stepwise
+from explaind_core.store import readable_size
+from explaind_core.strategies import Choice, choose, insisted_on
 
-__all__ = ["TERMS", "attribute", "closure_error", "forwards", "summed"]
+__all__ = ["TERMS", "answer", "attribute", "closure_error", "contributions", "summed"]
 
 
 def attribute(
@@ -139,9 +140,10 @@ def attribute(
 
 def answer(question: Question, *, progress: bool = True, out: str | os.PathLike[str] | None = None) -> xr.Dataset:
     """The answer to a question that was checked (see :func:`attribute`)."""
+    insisted_on(question)  # before any work
     frame = Frame(question)
     choice = choose(question, frame.outputs)
-    frame.strategy = choice.strategy
+    frame.strategy = choice.strategy.name
     if out is not None:
         return _to_zarr(frame, choice, out, progress)
     return _in_memory(frame, choice, progress)
@@ -158,90 +160,45 @@ def _in_memory(frame: Frame, choice: Choice, progress: bool) -> xr.Dataset:
             got=readable_size(needed),
             remedy="keep fewer axes, ask for fewer test samples or steps, raise memory=, or write it with out=",
         )
-    if choice.strategy == "adjoint":
-        parts = [parts for _, parts in _backwards(frame, choice.rows, choice, 0, progress)]
-        return frame.collect(frame.joined(parts))
-    return frame.collect(forwards(frame, 0, progress))
+    parts = contributions(frame, choice, progress=progress)
+    return frame.collect(parts if choice.strategy.along == "step" else frame.joined(parts))
 
 
-def forwards(frame: Frame, first: int, progress: bool) -> Iterator[Contribution]:
-    """The contributions of the windows from ``first`` on, one after the other."""
-    question = frame.question
-    last_values = frame.initial
-    if first:
-        reached = question.windows[first - 1].steps[-1]
-        last_values = finite_values(question, question.run.theta(reached), reached)
-    steps = sum(len(window.steps) for window in question.windows[first:])
-    with counted(steps, "attributing", enabled=progress) as advance:
-        yield from stepwise(
-            question, frame.strategy, frame.outputs, frame.scale, first=first, last_values=last_values,
-            block=appending.BLOCK, advanced=advance,
-        )  # fmt: skip
-
-
-def _backwards(
-    frame: Frame, rows: int, choice: Choice, done: int, progress: bool
-) -> Iterator[tuple[slice, list[Contribution]]]:
-    """The contributions of all windows to one block of test samples after the other, behind the first ``done``."""
-    question = frame.question
-    samples, last = question.function.samples, question.steps[-1]
-    size = rows if question.keeps("test") else samples
-    blocks = [slice(a, min(a + size, samples)) for a in range(done, samples, size)]
-    with counted(last * (1 + len(blocks)), "attributing", enabled=progress) as advance:
-
-        def seen(_: object) -> None:
-            advance(1)
-
-        with Tape(question.run, last, segment=choice.segment, seen=seen) as tape:
-            for block in blocks:
-                adjoint = Adjoint(question, tape, block, frame.outputs, frame.scale, method=choice.method)
-                parts = adjoint.run(advance)
-                if adjoint.dropped:
-                    question.facts["tail_dropped"] = _tails(question, adjoint.dropped)
-                yield block, parts
-
-
-def _tails(question: Question, dropped: Mapping[int, int]) -> str:
-    """Before which steps the states of windows were dropped."""
-    if len(dropped) > 4:  # one by one where steps are kept: that says nothing more
-        spans = [question.windows[w].steps[0] - s for w, s in dropped.items()]
-        return f"below rounding, {min(spans)} to {max(spans)} steps before each of {len(dropped)} windows"
-    return "below rounding before step " + ", ".join(
-        f"{s} (window {question.windows[w].name})" for w, s in sorted(dropped.items())
+def contributions(frame: Frame, choice: Choice, *, done: int = 0, progress: bool = True) -> Iterator[Contribution]:
+    """Those of the strategy, behind the first ``done`` windows or test samples."""
+    return choice.strategy.contributions(
+        frame.question, frame.ends, choice, done=done, block=appending.BLOCK, progress=progress
     )
 
 
 def _to_zarr(frame: Frame, choice: Choice, path: str | os.PathLike[str], progress: bool) -> xr.Dataset:
     """Compute block by block, appending each; continue where an interrupted call stopped."""
-    question = frame.question
-    along = "test" if choice.strategy == "adjoint" else "step"
+    question, along = frame.question, choice.strategy.along
     axis = along if question.keeps(along) else None
     total = {"test": question.function.samples, "step": len(question.windows), None: 1}[axis]
     with ResultWriter(path, frame.fingerprint(), axis, total) as writer:
         if not writer.finished:
             labels = frame.coordinates(range(len(question.windows)))
-            if axis is None:
-                blocks = iter([_in_memory(frame, choice, progress)])
-            elif axis == "test":
-                # Blocks as they were begun: products of other sizes round differently.
-                rows = min(choice.rows, writer.chunk or choice.rows)
-                blocks = _test_blocks(frame, rows, choice, writer.done, progress)
-            else:
-                blocks = _step_blocks(frame, writer.done, progress)
-            for block in blocks:
+            # Blocks of test samples as they were begun: products of other sizes round differently.
+            choice = replace(choice, rows=min(choice.rows, writer.chunk or choice.rows))
+            for block in _blocks(frame, choice, axis, writer.done, progress):
                 writer.append(block, labels)
         return writer.result()
 
 
-def _test_blocks(frame: Frame, rows: int, choice: Choice, done: int, progress: bool) -> Iterator[xr.Dataset]:
-    for block, parts in _backwards(frame, rows, choice, done, progress):
-        yield frame.collect(parts, block)
-
-
-def _step_blocks(frame: Frame, done: int, progress: bool) -> Iterator[xr.Dataset]:
-    parts = forwards(frame, done, progress)
-    total = len(frame.question.windows)
-    for start in range(done, total, appending.BLOCK):
-        yield frame.collect(next(parts) for _ in range(min(appending.BLOCK, total - start)))
+def _blocks(frame: Frame, choice: Choice, axis: str | None, done: int, progress: bool) -> Iterator[xr.Dataset]:
+    """The result behind the first ``done`` entries of the axis along which it is written, block by block."""
+    if axis is None:
+        yield _in_memory(frame, choice, progress)
+        return
+    question = frame.question
+    windows, samples = len(question.windows), question.function.samples
+    parts = contributions(frame, choice, done=done, progress=progress)
+    if axis == "step":
+        for start in range(done, windows, appending.BLOCK):
+            yield frame.collect(islice(parts, min(appending.BLOCK, windows - start)))
+    else:
+        for start in range(done, samples, choice.rows):
+            yield frame.collect(islice(parts, windows), slice(start, min(start + choice.rows, samples)))
     for _ in parts:  # lets the progress bar close
         pass

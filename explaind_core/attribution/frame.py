@@ -13,7 +13,7 @@ import xarray as xr
 from torch import Tensor
 
 from explaind_core import trees
-from explaind_core.questions import AXES, GRADIENT_AXES, Contribution, Places, Question, reduced
+from explaind_core.questions import AXES, GRADIENT_AXES, Contribution, Ends, Places, Question, reduced
 from explaind_core.results import COUNTS, totals
 
 __all__ = ["Frame"]
@@ -23,17 +23,15 @@ class Frame:
     """The labels of a result, and how contributions become one.
 
     Args:
-        question: the question. strategy: how it is answered.
+        question: the question.
+        strategy: the name of how it is answered.
     """
 
     def __init__(self, question: Question, strategy: str = "") -> None:
         self.question, self.strategy = question, strategy
-        run, function = question.run, question.function
-        function.stand_at(question.steps[0] - 1)
-        self.initial = function.values(run.theta(question.steps[0] - 1))
-        function.stand_at(question.steps[-1])
-        self.final = function.values(run.theta(question.steps[-1]))
-        self.outputs = self.initial.shape[1]
+        function = question.function
+        self.ends = Ends.of(question)
+        self.outputs = self.ends.outputs
         self.terms = question.terms
         #: What has no axis but step, test and output.
         self.edges = ("residual", "omitted", *(("statistics",) if function.moves else ()))
@@ -42,12 +40,6 @@ class Frame:
         self.edge_dims = tuple(axis for axis in question.keep if axis in AXES[-2:])
         self.residual_dims = tuple(axis for axis in question.keep if axis in ("step", *AXES[-2:]))
         self.dtype = np.dtype("float32") if question.value_bytes == 4 else np.dtype("float64")
-
-    @property
-    def scale(self) -> float:
-        """What the quadrature's tolerance is a fraction of: the largest change of what is explained."""
-        change = self.final - self.initial
-        return float((change if self.strategy == "forward" else reduced(change, self.question)).abs().max())
 
     # ------------------------------------------------------------------ a Dataset
     def collect(self, parts: Iterable[Contribution], block: slice | None = None) -> xr.Dataset:
@@ -77,8 +69,8 @@ class Frame:
         for name, values in rows.items():
             dims = self.dims if name == "kernel" else self.plain_dims if name in self.terms else self.residual_dims
             variables[name] = (dims, np.stack(values) if keeps_step else np.sum(values, axis=0))
-        variables["initial"] = (self.edge_dims, self._edge(self.initial, block))
-        variables["final"] = (self.edge_dims, self._edge(self.final, block))
+        variables["initial"] = (self.edge_dims, self._edge(self.ends.initial, block))
+        variables["final"] = (self.edge_dims, self._edge(self.ends.final, block))
         if not self.question.run.closed_by_secant:
             del counts["correction"]
         attributes = self.attributes()  # after the parts: facts are found on the way
@@ -100,22 +92,24 @@ class Frame:
         ).numpy()
         return found
 
-    def joined(self, blocks: Sequence[Sequence[Contribution]]) -> list[Contribution]:
-        """The windows' contributions to several blocks of test samples, as contributions to all of them."""
+    def joined(self, parts: Iterable[Contribution]) -> list[Contribution]:
+        """All windows' contributions to one block of test samples after the other, as contributions to all of them."""
+        every, windows = list(parts), len(self.question.windows)
+        blocks = [every[start : start + windows] for start in range(0, len(every), windows)]
         if len(blocks) == 1:
-            return list(blocks[0])
+            return blocks[0]
         inner = {n: self._inner(self.dims if n == "kernel" else self.plain_dims).index("test") for n in self.terms}
         edge = self._inner(self.residual_dims).index("test")
         return [
             Contribution(
-                window=parts[0].window,
-                terms={n: torch.cat([p.terms[n] for p in parts], axis) for n, axis in inner.items()},
-                residual=torch.cat([p.residual for p in parts], edge),
-                omitted=torch.cat([p.omitted for p in parts], edge),
-                statistics=torch.cat([p.statistics for p in parts], edge),
-                **{name: count.over_all_blocks([getattr(p, name) for p in parts]) for name, count in COUNTS.items()},
+                window=several[0].window,
+                terms={n: torch.cat([p.terms[n] for p in several], axis) for n, axis in inner.items()},
+                residual=torch.cat([p.residual for p in several], edge),
+                omitted=torch.cat([p.omitted for p in several], edge),
+                statistics=torch.cat([p.statistics for p in several], edge),
+                **{name: count.over_all_blocks([getattr(p, name) for p in several]) for name, count in COUNTS.items()},
             )
-            for parts in zip(*blocks, strict=True)
+            for several in zip(*blocks, strict=True)
         ]
 
     # ------------------------------------------------------------------ labels
@@ -181,6 +175,6 @@ class Frame:
         digest.update(str(question.quadrature).encode())
         masks = [m for layer in question.layers for m in layer.masks.values() if m is not None]
         # initial and final stand for the explained function and for the run's own parameters.
-        for tensor in [*masks, function.rows, *trees.leaves(function.inputs), self.initial, self.final]:
+        for tensor in [*masks, function.rows, *trees.leaves(function.inputs), self.ends.initial, self.ends.final]:
             digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes())
         return digest.hexdigest()

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from explaind_core.attribution.frame import Frame
-from explaind_core.attribution.probe import _Probe, peak_memory
-from explaind_core.questions import Question, readable_size
+from explaind_core.questions import Question
 from explaind_core.run import Run
-from explaind_core.strategies import choose
+from explaind_core.store import readable_size
+from explaind_core.strategies import Probe, choose, insisted_on, peak_memory
 
 __all__ = ["Plan", "plan", "plan_of"]
 
@@ -22,13 +22,18 @@ class Plan:
     """What an attribution would do.
 
     Attributes:
-        strategy: see :mod:`explaind_core.strategies.choose`. steps: how many are explained, or chords of them.
-        tangents, nodes: derivatives per node (backward: rows per test sample), nodes per step (adaptive: a guess of 2).
-        chunks: into how many pieces the test samples are cut. passes: walks over the run.
+        strategy: see :mod:`explaind_core.strategies.choose`.
+        steps: how many are explained, or chords of them.
+        tangents: derivatives per node (backward: rows per test sample).
+        nodes: per step (adaptive: a guess of 2).
+        chunks: into how many pieces the test samples are cut.
+        passes: walks over the run.
         gradient_steps: steps whose samples' gradients are needed, 0 where the recorded update is enough.
         seconds: estimated time, from timing pieces of the work on this machine now.
-        result_bytes: what the result takes. peak_bytes: what is held at most, the result included.
+        result_bytes: what the result takes.
+        peak_bytes: what is held at most, the result included.
         fits: whether the result is within the memory budget (what is held besides is cut to fit).
+        derivatives_are: what ``tangents`` counts.
     """
 
     strategy: str
@@ -42,15 +47,15 @@ class Plan:
     result_bytes: int
     peak_bytes: int
     fits: bool
+    derivatives_are: str = "rows per test sample"
 
     def __str__(self) -> str:
-        what = "tangents" if self.strategy == "forward" else "rows per test sample"
         gradients = f"; gradients of samples at {self.gradient_steps} steps" if self.gradient_steps else ""
         return (
-            f"{self.strategy} mode: {self.steps} steps x {self.nodes:g} nodes x {self.tangents} {what}, "
-            f"{self.chunks} chunk(s) of test samples, {self.passes} pass(es) over the run{gradients}; about "
-            f"{self.seconds:.0f} s, {readable_size(self.peak_bytes)} at most, of which "
-            f"{readable_size(self.result_bytes)} for the result"
+            f"{self.strategy} mode: {self.steps} steps x {self.nodes:g} nodes x "
+            f"{self.tangents} {self.derivatives_are}, {self.chunks} chunk(s) of test samples, "
+            f"{self.passes} pass(es) over the run{gradients}; about {self.seconds:.0f} s, "
+            f"{readable_size(self.peak_bytes)} at most, of which {readable_size(self.result_bytes)} for the result"
             + ("" if self.fits else ", MORE than the memory budget")
         )
 
@@ -77,23 +82,19 @@ def plan(run: Run, inputs: Any, **question: Any) -> Plan:
 
 def plan_of(asked: Question) -> Plan:
     """The plan for a question that was checked."""
+    insisted_on(asked)  # before any work
     frame = Frame(asked)
     choice = choose(asked, frame.outputs)
+    strategy = choice.strategy
     nodes = GUESSED_NODES if asked.quadrature.adaptive else float(asked.quadrature.ladder[0])
     held = peak_memory()
-    probe = _Probe(asked, choice, frame.outputs, nodes)
-    seconds, gradient_steps = probe.seconds()
+    seconds, gradient_steps = strategy.probe(Probe.of(asked, frame.outputs, nodes), choice)
     grown = max(0, peak_memory() - held)
     result = asked.result_bytes(frame.outputs)
-    layers, forward = len(asked.layers), choice.strategy == "forward"
     return Plan(
-        strategy=choice.strategy,
+        strategy=strategy.name,
         steps=len(asked.segments),
-        tangents=layers * probe.terms() + (asked.rest is not None)
-        if forward
-        else frame.outputs
-        if asked.keeps("output")
-        else 1,
+        tangents=strategy.derivatives(asked, frame.outputs),
         nodes=nodes,
         chunks=len(asked.function.chunks),
         passes=choice.passes,
@@ -103,4 +104,5 @@ def plan_of(asked: Question) -> Plan:
         # A probe that grew the process holds one step's share of the work, and what the model itself needs.
         peak_bytes=result + choice.base_bytes + max(choice.working_bytes, grown),
         fits=result <= asked.memory,
+        derivatives_are=strategy.derivatives_are,
     )

@@ -10,15 +10,15 @@ from explaind_core.questions.memory import check_fits
 from explaind_core.questions.parameter_axis import Places
 from explaind_core.questions.question import AXES, DEFAULT_AXES, GRADIENT_AXES, Question
 from explaind_core.questions.restrictions import Sample, Segment, Window, segments_of
-from explaind_core.questions.values import finite_values, reduced
+from explaind_core.questions.values import Ends, finite_values, reduced
 from explaind_core.questions.windows import Contribution, WindowSum
-from explaind_core.store import readable_size
 
 __all__ = [
     "AXES",
     "DEFAULT_AXES",
     "GRADIENT_AXES",
     "Contribution",
+    "Ends",
     "Layer",
     "LayerSpec",
     "Places",
@@ -29,7 +29,6 @@ __all__ = [
     "WindowSum",
     "check_fits",
     "finite_values",
-    "readable_size",
     "reduced",
     "resolve_layers",
     "segments_of",

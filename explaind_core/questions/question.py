@@ -28,7 +28,7 @@ from explaind_core.questions.restrictions import (
 )
 from explaind_core.run import Run
 
-__all__ = ["AXES", "DEFAULT_AXES", "STRATEGIES", "Question"]
+__all__ = ["AXES", "DEFAULT_AXES", "Question"]
 
 #: The axes of the influence tensor, in the order of a result's dimensions.
 AXES = ("step", "gradient_step", "layer", "parameter", "train", "test", "output")
@@ -36,8 +36,6 @@ AXES = ("step", "gradient_step", "layer", "parameter", "train", "test", "output"
 DEFAULT_AXES = ("step", "layer", "test", "output")
 #: The axes that only the kernel has: regularization and prehistory are not due to a sample's gradient.
 GRADIENT_AXES = ("gradient_step", "train")
-#: The ways to an answer: see :mod:`explaind_core.attribution.plan`.
-STRATEGIES = ("forward", "reverse", "features", "adjoint")
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Question:
         train: the entries of the train axis, None where samples need not be told apart.
         layers, rest: what is kept apart, and what that leaves out.
         keep: the kept axes in order. quadrature: the nodes. function: what is explained. memory: bytes.
-        strategy: what the caller insists on, None for the planner's choice.
+        strategy: the name of the one that the caller insists on, None for the cheapest.
         chords: steps that share a straight line. carries: whether what no sample explains of a gradient is a term.
         gram: whether the inner products of the kernel's tensors are wanted, too (features only).
         notes: what a result must say about how it was asked for; facts: what is found on the way and must be said too.
@@ -103,8 +101,6 @@ class Question:
                 "the run was opened without its model", where=run.path, remedy="open_run(path, model=model)"
             )
         kept = _check_keep(keep)
-        if strategy not in (None, *STRATEGIES):
-            raise QuestionError("there is no such strategy", where="strategy", expected=STRATEGIES, got=strategy)
         if unattributed not in ("refuse", "carry"):
             raise QuestionError(
                 "there is no such way with unattributed gradients",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from explaind_core.errors import NonFiniteError
 from explaind_core.questions.question import Question
 
-__all__ = ["finite_values", "reduced"]
+__all__ = ["Ends", "finite_values", "reduced"]
 
 
 def reduced(values: Tensor, question: Question) -> Tensor:
@@ -36,3 +37,39 @@ def finite_values(
     if not torch.isfinite(values).all():
         raise NonFiniteError("the explained function is NaN or infinite", where=f"theta after step {s}")
     return values
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The explained function where the path that is asked about begins, and where it ends.
+
+    Attributes:
+        initial: before the first step, ``[n, J]``.
+        final: after the last one.
+    """
+
+    initial: Tensor
+    final: Tensor
+
+    @classmethod
+    def of(cls, question: Question) -> Ends:
+        """Evaluate it there."""
+        run, function, values = question.run, question.function, []
+        for s in (question.steps[0] - 1, question.steps[-1]):
+            function.stand_at(s)
+            values.append(function.values(run.theta(s)))
+        return cls(*values)
+
+    @property
+    def outputs(self) -> int:
+        """J."""
+        return self.initial.shape[1]
+
+    @property
+    def change(self) -> Tensor:
+        """What the explained function changed by, ``[n, J]``."""
+        return self.final - self.initial
+
+    def scale(self, question: Question) -> float:
+        """The largest change over the kept axes."""
+        return float(reduced(self.change, question).abs().max())

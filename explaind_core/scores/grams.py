@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from explaind_core.attribution import Frame
 from explaind_core.decomposition import StepDecomposition, decompose
 from explaind_core.derivatives import climb
 from explaind_core.progress import counted
-from explaind_core.questions import Question, Window, check_fits, finite_values, reduced
+from explaind_core.questions import Ends, Question, Window, check_fits, finite_values, reduced
 from explaind_core.scores.second_moments import Moments
 from explaind_core.strategies import HELD, Matrices, feature_map, gram_products
 
@@ -44,7 +43,9 @@ class Blocks:
     """The test samples, and the outputs of each, in pieces: feature maps of two blocks of samples are held at a time.
 
     Attributes:
-        blocks: of test samples. pieces: of outputs. together: the outputs in the largest piece.
+        blocks: of test samples.
+        pieces: of outputs.
+        together: the outputs in the largest piece.
     """
 
     blocks: list[slice]
@@ -93,7 +94,7 @@ def gram(
     """The inner products ``[*per, n, n]`` by weighted Gram matrices; the nodes used, the steps missed."""
     names = [n for n in question.run.parameters if any(n in layer.masks for layer in question.layers)]
     passes = passes_of(question, names)
-    frame = Frame(question, "reverse")
+    scale = Ends.of(question).scale(question)
     n = question.function.samples
     sizes = {"layer": len(question.layers), "step": len(windows)}
     total = np.zeros((*(size if axis in per else 1 for axis, size in sizes.items()), n, n))
@@ -107,7 +108,7 @@ def gram(
         for split in decompose(question.run, first=question.steps[0], last=question.steps[-1]):
             if split.step not in window_of:
                 continue
-            order, rung, converged = order_of(question, split, frame.scale, rung)
+            order, rung, converged = order_of(question, split, scale, rung)
             nodes_used, failed = nodes_used + order, failed + (not converged)
             parts = step_gram(question, split, names, moments.of(split), order)
             for layer, part in enumerate(parts):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from explaind_core.attribution import Frame, forwards
+from explaind_core.attribution import Frame, contributions
 from explaind_core.questions import Question, check_fits
 from explaind_core.run import Run
 from explaind_core.strategies import choose, cosines, row_bytes
@@ -75,7 +75,7 @@ def kernel_slices(
     )  # fmt: skip
     question = replace(question, gram=True)
     frame = Frame(question, "features")
-    choose(question, frame.outputs)
+    choice = choose(question, frame.outputs)
     n = question.function.samples
     check_fits(
         question.memory, 4 * n * row_bytes(question), f"kernel slices, feature maps of {n} test samples at a time",
@@ -86,7 +86,7 @@ def kernel_slices(
         question.memory, question.result_bytes(frame.outputs) + matrices,
         f"kernel slices and similarities of {n} test samples", "name fewer windows or test samples, or raise memory=",
     )  # fmt: skip
-    parts = list(forwards(frame, 0, progress))
+    parts = list(contributions(frame, choice, progress=progress))
     similar = cosines(np.stack([part.gram for part in parts if part.gram is not None]))
     found = frame.collect(parts)
     return found.assign(similarity=(("step", "layer", "test", "other"), similar)).assign_coords(other=found.test.values)

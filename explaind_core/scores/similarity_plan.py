@@ -5,13 +5,23 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from explaind_core.attribution import GUESSED_NODES, Plan, first_needed, peak_memory, plan_of, replayed, timed
+from explaind_core.attribution import GUESSED_NODES, Plan, plan_of
 from explaind_core.questions import Question
 from explaind_core.run import Run
 from explaind_core.scores.grams import Blocks, order_of, passes_of
 from explaind_core.scores.second_moments import restricted_to
 from explaind_core.scores.similarity import Asked
-from explaind_core.strategies import HELD, EntryFeatures, feature_map, gram_products, run_bytes
+from explaind_core.strategies import (
+    HELD,
+    EntryFeatures,
+    feature_map,
+    first_needed,
+    gram_products,
+    peak_memory,
+    replayed,
+    run_bytes,
+    timed,
+)
 
 __all__ = ["plan_similarity"]
 

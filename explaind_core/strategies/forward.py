@@ -12,11 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from explaind_core.decomposition import StepDecomposition, Updates, updates_of
+from explaind_core.decomposition import StepDecomposition, Updates, term_names, updates_of
 from explaind_core.derivatives import ExplainedFunction, Quadrature, climb
-from explaind_core.questions import Layer
+from explaind_core.errors import QuestionError
+from explaind_core.questions import GRADIENT_AXES, Ends, Layer, Places, Question, WindowSum, reduced
+from explaind_core.strategies.entry_features import EntryFeatures
+from explaind_core.strategies.probe import Probe, timed
+from explaind_core.strategies.stepwise import Stepwise, WalkedSegment, few_outputs
+from explaind_core.strategies.strategy import Choice, run_bytes
 
-__all__ = ["StepContribution", "refine"]
+__all__ = ["Forward", "StepContribution", "refine"]
 
 
 #: Layers differentiated together: they share one forward pass, but drag each other's zeros along. Measured best at 3.
@@ -50,6 +55,95 @@ class StepContribution:
     converged: bool
     update_error: float
     correction: float
+
+
+class Forward(Stepwise):
+    """f along every (layer, term, entry): cheapest where all outputs are kept and training samples are summed."""
+
+    name = "forward"
+    derivatives_are = "tangents"
+
+    def refuses(self, question: Question) -> QuestionError | None:
+        """A tangent for every single parameter is no way."""
+        if not question.keeps("parameter"):
+            return None
+        return self.cannot("keep single parameters", "keep layers, or say strategy='reverse'")
+
+    def holds(self, question: Question, outputs: int) -> Choice:  # noqa: ARG002
+        """One tangent at a time."""
+        return Choice(self, question.function.samples, 1, 1, "", 0, 2 * run_bytes(question))
+
+    def work(self, question: Question, outputs: int) -> float | None:
+        """Two forward passes and more for every layer and term; entries of gradients would make too many."""
+        if any(question.keeps(axis) for axis in GRADIENT_AXES):
+            return None
+        if not question.splits_gradients and few_outputs(question, outputs):
+            return None
+        return 2 * 2 * len(question.layers)
+
+    def derivatives(self, question: Question, outputs: int) -> int:  # noqa: ARG002
+        """The tangents: all terms of all layers, the kernel's entries each counted as one, and what is left out."""
+        return len(question.layers) * _terms(question) + (question.rest is not None)
+
+    def scale(self, question: Question, ends: Ends) -> float:  # noqa: ARG002
+        """All test samples and outputs are told apart on the way, whether they are kept or not."""
+        return float(ends.change.abs().max())
+
+    def node_seconds(self, probe: Probe) -> float:
+        """For all layers, terms and entries."""
+        function, theta = probe.question.function, probe.split.theta
+        count = _terms(probe.question)
+
+        def node() -> None:
+            for layer in probe.question.layers:
+                share = layer.share({n: t.double() for n, t in theta.items()})
+                function.derivatives(theta, [share] * count)
+
+        return timed(node)
+
+    def add(self, question: Question, places: Places, total: WindowSum, walked: WalkedSegment, rung: int) -> int:
+        """Push every layer's share of every term, or entry, through the model."""
+        del places
+        updates = updates_of(walked.split, walked.names)
+        keys: list[str] = list(walked.names)
+        if walked.features is not None:
+            del updates["kernel"]
+            count = len(next(iter(walked.features.values()), ()))
+            updates |= {f"kernel/{e}": {n: h[e] for n, h in walked.features.items()} for e in range(count)}
+            keys = list(updates)
+        found, rung = refine(
+            question.function, walked.split, keys, question.layers, question.rest, (walked.before, walked.after),
+            question.quadrature, walked.bound, rung, updates=updates,
+        )  # fmt: skip
+        for key, term in found.terms.items():
+            _add_term(question, total, key, term)
+        if found.rest is not None:
+            total.omitted += reduced(found.rest, question)
+        total.count(nodes=found.nodes, evaluations=found.evaluations, converged=found.converged)
+        return rung
+
+
+def _terms(question: Question) -> int:
+    """The terms that are derived along, the kernel's entries each counted as one."""
+    names = term_names(question.run)
+    return len(names) + (EntryFeatures(question, Places(question).names).count - 1 if question.splits_gradients else 0)
+
+
+def _add_term(question: Question, total: WindowSum, key: str, term: Tensor) -> None:
+    """Put ``[layers, n, J]`` of a term, or of the kernel's entry ``"kernel/e"``, in its place."""
+    steps, entries = total.terms["kernel"].shape[0], total.terms["kernel"].shape[3]
+    name, _, entry = key.partition("/")
+    for axis, kept in ((1, "test"), (2, "output")):
+        if not question.keeps(kept):
+            term = term.sum(axis, keepdim=True)
+    i, t = divmod(int(entry or 0), entries)
+    behind = int(entry or 0) - steps * entries
+    if behind == 0 and question.restricts_gradients:  # what is not asked for
+        total.omitted += term.sum(0)
+    elif behind >= 0:
+        total.terms["unattributed"][0, :, 0, 0] += term
+    else:
+        total.terms[name][i, :, 0, t] += term
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from explaind_core.decomposition import StepDecomposition, updates_of
-from explaind_core.derivatives import ExplainedFunction, slices
-from explaind_core.questions import Places, Question, reduced
+from explaind_core.derivatives import ExplainedFunction, climb, slices
+from explaind_core.errors import QuestionError
+from explaind_core.questions import Places, Question, WindowSum, reduced
+from explaind_core.strategies.entry_features import EntryFeatures
 from explaind_core.strategies.gram_products import gram_products
+from explaind_core.strategies.probe import PROBED, Probe, timed
+from explaind_core.strategies.stepwise import Stepwise, WalkedSegment, few_outputs
+from explaind_core.strategies.strategy import Choice, run_bytes
 
-__all__ = ["Products", "feature_map", "products", "rest_change", "second_moments"]
+__all__ = ["Products", "Reverse", "feature_map", "products", "rest_change", "row_bytes", "second_moments"]
 
 Points = tuple[tuple[float, float], ...]
 #: Rows of features that are squared at a time.
@@ -159,6 +164,94 @@ def second_moments(features: Mapping[str, Tensor], entries: int) -> dict[str, Te
             total += flat[rows].double().square_().sum(0)
         found[name] = total.reshape(h.shape[1:])
     return found
+
+
+class Reverse(Stepwise):
+    """Every (test sample, output) backwards: cheapest where parameters are kept, or few outputs."""
+
+    name = "reverse"
+
+    def refuses(self, question: Question) -> QuestionError | None:
+        """The update of a step says nothing of the gradients that it is made of."""
+        if not question.splits_gradients:
+            return None
+        return self.cannot(
+            "tell gradients apart by step or training sample", "say strategy='features' or 'adjoint'"
+        )  # fmt: skip
+
+    def holds(self, question: Question, outputs: int) -> Choice:  # noqa: ARG002
+        """Feature maps of a block of test samples."""
+        rows, one = question.function.samples, row_bytes(question)
+        held = min(one * (rows if question.keeps("test") else 1), max(question.memory // 4, one))
+        return Choice(self, rows, 1, 1, "", held, 2 * run_bytes(question))
+
+    def work(self, question: Question, outputs: int) -> float | None:
+        """Three forward passes for every output."""
+        if not question.keeps("parameter") and not few_outputs(question, outputs):
+            return None
+        return 3 * (outputs if question.keeps("output") else 1)
+
+    def node_seconds(self, probe: Probe) -> float:
+        """The products of some test samples, and as many times that as there are more."""
+        question, samples = probe.question, probe.question.function.samples
+        features = None
+        if question.splits_gradients:
+            features = EntryFeatures(question, probe.places.names).advance(probe.split)
+        size = min(samples, PROBED) if question.keeps("test") else samples
+        shapes = {n: t.shape for n, t in WindowSum(question, 0, probe.outputs, probe.names, size).terms.items()}
+        points = question.quadrature.points(1)
+        small = replace(question, rest=None)
+        one = timed(
+            lambda: products(small, probe.places, probe.split, probe.names, features, [slice(0, size)], points, shapes)
+        )
+        return one * samples / size
+
+    def add(self, question: Question, places: Places, total: WindowSum, walked: WalkedSegment, rung: int) -> int:
+        """Multiply feature maps with every term, or entry."""
+        shapes = {name: term.shape for name, term in total.terms.items()}
+        blocks = _blocks(question)
+        # The order is told by the whole update: products with every entry's features are taken once it is known.
+        tried = None if question.quadrature.adaptive else walked.features
+        summed = shapes if tried is walked.features else {
+            name: torch.Size((1, *shape[1:3], 1, *shape[4:])) for name, shape in shapes.items()
+        }  # fmt: skip
+
+        def evaluate(q: int) -> tuple[Tensor, Products]:
+            points = question.quadrature.points(q)
+            found = products(question, places, walked.split, walked.names, tried, blocks, points, summed)
+            return found.total, found
+
+        before, after = (reduced(v, question) for v in (walked.before, walked.after))
+        climbed = climb(question.quadrature, rung, walked.bound, before, after, evaluate, question.function.dtype)
+        best = climbed.best
+        if tried is not walked.features:
+            points = question.quadrature.points(climbed.nodes)
+            best = products(question, places, walked.split, walked.names, walked.features, blocks, points, shapes)
+        for name, term in best.terms.items():
+            total.terms[name] += term
+        total.omitted += best.rest + best.others
+        if best.gram is not None:
+            total.gram = best.gram if total.gram is None else total.gram + best.gram
+        total.count(nodes=climbed.nodes, evaluations=climbed.evaluations, converged=climbed.converged)
+        return climbed.rung
+
+
+def _blocks(question: Question) -> list[slice]:
+    """The test samples in blocks whose feature maps take at most a quarter of the memory budget."""
+    function = question.function
+    if not question.keeps("test"):
+        return [slice(0, function.samples)]
+    size = max(1, question.memory // 4 // row_bytes(question))
+    return [slice(a, min(a + size, function.samples)) for a in range(0, function.samples, size)]
+
+
+def row_bytes(question: Question) -> int:
+    """What phi of one test sample takes: in the model's dtype, and once more in float64 for one tensor at a time."""
+    function = question.function
+    outputs = function.outputs if question.keeps("output") else 1
+    names = {n for layer in question.layers for n in layer.masks}
+    sizes = [question.run.parameters[n].shape.numel() for n in names]
+    return outputs * (2 * function.dtype.itemsize * sum(sizes) + 8 * max(sizes))
 
 
 def _add(

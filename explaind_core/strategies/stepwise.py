@@ -1,21 +1,30 @@
-"""The strategies that go forwards in time, segment by segment: forward mode, reverse mode, forward-time features."""
+"""What the strategies have in common that go forwards in time, segment by segment."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-from explaind_core.decomposition import StepDecomposition, UpdateSplit, decompose, term_names, updates_of
-from explaind_core.derivatives import climb
-from explaind_core.questions import Contribution, Places, Question, Segment, WindowSum, finite_values, reduced
-from explaind_core.strategies.features import EntryFeatures, horizon
-from explaind_core.strategies.forward import refine
-from explaind_core.strategies.reverse import Products, products
+from explaind_core.decomposition import StepDecomposition, UpdateSplit, decompose, term_names
+from explaind_core.progress import counted
+from explaind_core.questions import (
+    Contribution,
+    Ends,
+    Places,
+    Question,
+    Segment,
+    WindowSum,
+    finite_values,
+    reduced,
+)
+from explaind_core.strategies.entry_features import EntryFeatures, horizon
+from explaind_core.strategies.probe import Estimate, Probe, first_needed, timed
+from explaind_core.strategies.strategy import Choice, Strategy
 
-__all__ = ["joined", "stepwise"]
+__all__ = ["Stepwise", "WalkedSegment", "covered", "few_outputs", "gradient_work", "joined"]
 
 Features = Mapping[str, Tensor]
 
@@ -78,152 +87,141 @@ def _segments(question: Question, first: int) -> Iterator[tuple[Segment, StepDec
             held, features = [], None
 
 
-def stepwise(
-    question: Question,
-    strategy: str,
-    outputs: int,
-    scale: float,
-    *,
-    first: int = 0,
-    last_values: Tensor,
-    block: int,
-    advanced: Callable[[int], object] = id,
-) -> Iterator[Contribution]:
-    """What each window, from window ``first`` on, added to the explained function.
+@dataclass(frozen=True)
+class WalkedSegment:
+    """A segment, when the walk has come to its end.
 
-    Args:
-        strategy: ``"forward"``, ``"reverse"`` or ``"features"``. outputs: J. scale: what the quadrature's tolerance
-            is a fraction of. last_values: f where the window before ended. block: the search for the order begins
-            afresh every so many windows, so that what is taken up there gets the same nodes as in one go.
-        advanced: called with the number of steps of every finished segment.
+    Attributes:
+        split: its update, of all steps together.
+        names: the terms of the update.
+        features: of every entry, where gradients are split: parameter name -> ``[entries, *shape]``.
+        before: f where it begins, ``[n, J]``.
+        after: f where it ends, with the buffers that it began with.
+        bound: what its residual may be at most.
     """
-    names, places = term_names(question.run), Places(question)
-    rung = 0
-    total: WindowSum | None = None
-    following: tuple[int, Tensor] | None = None
-    for segment, split, features in _segments(question, first):
-        if total is not None and total.window != segment.window:
-            yield total.finish()
-            total = None
-        if total is None:
-            total = WindowSum(question, segment.window, outputs, question.terms)
-            rung = rung if (segment.window - first) % block else 0
-        a, b = segment.steps[0] - 1, segment.steps[-1]
-        known = following is not None and following[0] == a
-        before = following[1] if known and following is not None else finite_values(question, split.theta_before, a)
-        # f moves along the segment with the buffers that it began with. What these then add comes at its end.
-        after = end = finite_values(question, split.theta, b, buffers=a)
+
+    split: StepDecomposition
+    names: tuple[str, ...]
+    features: Features | None
+    before: Tensor
+    after: Tensor
+    bound: float
+
+
+class Stepwise(Strategy):
+    """A strategy that goes forwards in time and answers segment by segment."""
+
+    @abstractmethod
+    def add(self, question: Question, places: Places, total: WindowSum, walked: WalkedSegment, rung: int) -> int:
+        """Add what a segment added to the explained function to its window's sum.
+
+        Args:
+            question: the question.
+            places: of its parameters.
+            total: the window's sum.
+            walked: the segment.
+            rung: where the search for the order starts.
+
+        Returns:
+            Where the next search starts.
+        """
+
+    @abstractmethod
+    def node_seconds(self, probe: Probe) -> float:
+        """Seconds that one node of one segment takes.
+
+        Args:
+            probe: the step to time it on.
+        """
+
+    def contributions(
+        self, question: Question, ends: Ends, choice: Choice, *, done: int = 0, block: int, progress: bool = True
+    ) -> Iterator[Contribution]:
+        """One window after the other, behind the first ``done``."""
+        del choice  # all test samples in one pass
+        last_values = ends.initial
+        if done:
+            reached = question.windows[done - 1].steps[-1]
+            last_values = finite_values(question, question.run.theta(reached), reached)
+        scale = self.scale(question, ends)
+        steps = sum(len(window.steps) for window in question.windows[done:])
+        with counted(steps, "attributing", enabled=progress) as advance:
+            yield from self._walk(question, ends.outputs, scale, done, last_values, block, advance)
+
+    def _walk(
+        self, question: Question, outputs: int, scale: float, first: int, last_values: Tensor, block: int,
+        advanced: Callable[[int], object],
+    ) -> Iterator[Contribution]:  # fmt: skip
+        """What each window, from window ``first`` on, added to the explained function.
+
+        The search for the order begins afresh every ``block`` windows, so that what is taken up there gets the same
+        nodes as in one go.
+        """
+        names, places = term_names(question.run), Places(question)
         bound = question.quadrature.tolerance * scale
-        if strategy == "forward":
-            rung = _by_forward_mode(question, total, split, names, features, (before, after), bound, rung)
-        else:
-            rung = _by_reverse_mode(question, places, total, split, names, features, (before, after), bound, rung)
-        if question.function.moves:
-            end = finite_values(question, split.theta, b)
-            total.statistics += reduced(end - after, question)
-        total.change += reduced(end - before, question)
-        total.gap += reduced(before - last_values, question)
-        total.note(update_error=split.error, correction=split.correction)
-        last_values, following = end, (b, end)
-        advanced(len(segment.steps))
-    if total is not None:
-        yield total.finish()
+        rung = 0
+        total: WindowSum | None = None
+        following: tuple[int, Tensor] | None = None
+        for segment, split, features in _segments(question, first):
+            if total is not None and total.window != segment.window:
+                yield total.finish()
+                total = None
+            if total is None:
+                total = WindowSum(question, segment.window, outputs, question.terms)
+                rung = rung if (segment.window - first) % block else 0
+            a, b = segment.steps[0] - 1, segment.steps[-1]
+            known = following is not None and following[0] == a
+            before = following[1] if known and following is not None else finite_values(question, split.theta_before, a)
+            # f moves along the segment with the buffers that it began with. What these then add comes at its end.
+            after = end = finite_values(question, split.theta, b, buffers=a)
+            rung = self.add(question, places, total, WalkedSegment(split, names, features, before, after, bound), rung)
+            if question.function.moves:
+                end = finite_values(question, split.theta, b)
+                total.statistics += reduced(end - after, question)
+            total.change += reduced(end - before, question)
+            total.gap += reduced(before - last_values, question)
+            total.note(update_error=split.error, correction=split.correction)
+            last_values, following = end, (b, end)
+            advanced(len(segment.steps))
+        if total is not None:
+            yield total.finish()
+
+    def probe(self, probe: Probe, choice: Choice) -> Estimate:
+        """Values of f, features where gradients are split, and one node."""
+        del choice
+        question, split = probe.question, probe.split
+        last, segments = question.steps[-1], len(question.segments)
+        values = timed(lambda: question.function.values(split.theta))
+        total = probe.replay * last + values * segments
+        samples = 0
+        if question.splits_gradients:  # forward-time features are fed from where gradients matter on
+            first = first_needed(split, question.steps[0], question.function.dtype)
+            walked = last - first + 1
+            entries = EntryFeatures(question, probe.places.names)
+            fed = walked if entries.others else sum(first <= s <= last for s in entries.steps)
+            entries.steps.setdefault(split.step, 0)
+            total += fed * timed(lambda: entries.advance(split))
+            if fed < walked:
+                entries.steps.clear()
+                total += (walked - fed) * timed(lambda: entries.advance(split))
+            samples = sum(first <= s <= last for s in question.gradient_steps) if question.train is not None else 0
+        return Estimate(total + probe.nodes * segments * self.node_seconds(probe), samples)
 
 
-def _by_forward_mode(
-    question: Question,
-    total: WindowSum,
-    split: StepDecomposition,
-    names: tuple[str, ...],
-    features: Features | None,
-    values: tuple[Tensor, Tensor],
-    bound: float,
-    rung: int,
-) -> int:
-    updates = updates_of(split, names)
-    keys: list[str] = list(names)
-    steps, entries = total.terms["kernel"].shape[0], total.terms["kernel"].shape[3]
-    if features is not None:
-        del updates["kernel"]
-        count = len(next(iter(features.values()), ()))
-        updates |= {f"kernel/{e}": {n: h[e] for n, h in features.items()} for e in range(count)}
-        keys = list(updates)
-    found, rung = refine(
-        question.function, split, keys, question.layers, question.rest, values, question.quadrature, bound, rung,
-        updates=updates,
-    )  # fmt: skip
-    for key, term in found.terms.items():
-        name, _, entry = key.partition("/")
-        summed = term
-        for axis, kept in ((1, "test"), (2, "output")):
-            if not question.keeps(kept):
-                summed = summed.sum(axis, keepdim=True)
-        i, t = divmod(int(entry or 0), entries)
-        behind = int(entry or 0) - steps * entries
-        if behind == 0 and question.restricts_gradients:  # what is not asked for
-            total.omitted += summed.sum(0)
-        elif behind >= 0:
-            total.terms["unattributed"][0, :, 0, 0] += summed
-        else:
-            total.terms[name][i, :, 0, t] += summed
-    if found.rest is not None:
-        total.omitted += reduced(found.rest, question)
-    total.count(nodes=found.nodes, evaluations=found.evaluations, converged=found.converged)
-    return rung
+def few_outputs(question: Question, outputs: int) -> bool:
+    """Whether backward passes (3 forwards each) are fewer than forward-mode derivatives (2 and more each)."""
+    kept = outputs if question.keeps("output") else 1
+    return 3 * kept < 2 * 2 * len(question.layers)
 
 
-def _by_reverse_mode(
-    question: Question,
-    places: Places,
-    total: WindowSum,
-    split: StepDecomposition,
-    names: tuple[str, ...],
-    features: Features | None,
-    values: tuple[Tensor, Tensor],
-    bound: float,
-    rung: int,
-) -> int:
-    shapes = {name: term.shape for name, term in total.terms.items()}
-    blocks = _blocks(question)
-    # The order is told by the whole update: products with every entry's features are taken once it is known.
-    tried = None if question.quadrature.adaptive else features
-    summed = shapes if tried is features else {
-        name: torch.Size((1, *shape[1:3], 1, *shape[4:])) for name, shape in shapes.items()
-    }  # fmt: skip
-
-    def evaluate(q: int) -> tuple[Tensor, Products]:
-        points = question.quadrature.points(q)
-        found = products(question, places, split, names, tried, blocks, points, summed)
-        return found.total, found
-
-    before, after = (reduced(v, question) for v in values)
-    climbed = climb(question.quadrature, rung, bound, before, after, evaluate, question.function.dtype)
-    best = climbed.best
-    if tried is not features:
-        points = question.quadrature.points(climbed.nodes)
-        best = products(question, places, split, names, features, blocks, points, shapes)
-    for name, term in best.terms.items():
-        total.terms[name] += term
-    total.omitted += best.rest + best.others
-    if best.gram is not None:
-        total.gram = best.gram if total.gram is None else total.gram + best.gram
-    total.count(nodes=climbed.nodes, evaluations=climbed.evaluations, converged=climbed.converged)
-    return climbed.rung
+def covered(question: Question) -> int:
+    """Entries of all tensors that a layer touches, once for every layer."""
+    return sum(question.run.parameters[n].shape.numel() for layer in question.layers for n in layer.masks)
 
 
-def _blocks(question: Question) -> list[slice]:
-    """The test samples in blocks whose feature maps take at most a quarter of the memory budget."""
-    function = question.function
-    if not question.keeps("test"):
-        return [slice(0, function.samples)]
-    size = max(1, question.memory // 4 // row_bytes(question))
-    return [slice(a, min(a + size, function.samples)) for a in range(0, function.samples, size)]
-
-
-def row_bytes(question: Question) -> int:
-    """What phi of one test sample takes: in the model's dtype, and once more in float64 for one tensor at a time."""
-    function = question.function
-    outputs = function.outputs if question.keeps("output") else 1
-    names = {n for layer in question.layers for n in layer.masks}
-    sizes = [question.run.parameters[n].shape.numel() for n in names]
-    return outputs * (2 * function.dtype.itemsize * sum(sizes) + 8 * max(sizes))
+def gradient_work(question: Question) -> float:
+    """Multiplications that the gradients of a step's samples take, roughly; none where these are not told apart."""
+    if question.train is None:
+        return 0.0
+    batch = len(question.run.sample_ids(question.steps[-1]))
+    return 6.0 * batch * sum(p.shape.numel() for p in question.run.parameters.values())

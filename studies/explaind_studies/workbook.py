@@ -15,8 +15,8 @@ import torch
 import xarray as xr
 from rich.console import Console
 
-from explaind_core.attribution import peak_memory
 from explaind_core.errors import StoreError
+from explaind_core.strategies import peak_memory
 
 __all__ = ["Workbook"]
 

@@ -13,6 +13,7 @@ import zarr
 import explaind_core as explaind
 from explaind_core.errors import QuestionError, StoreError
 from explaind_core.run.run import Run
+from explaind_core.strategies.stepwise import Stepwise
 from explaind_core.testing import record_example
 
 #: The module, which the function of the same name hides.
@@ -43,16 +44,16 @@ def computed(monkeypatch):
     class Computed(list):
         limit = 1000
 
-    steps, stepwise = Computed(), module.stepwise
+    steps, contributions = Computed(), Stepwise.contributions
 
     def counting(*args, **kwargs):
-        for part in stepwise(*args, **kwargs):
+        for part in contributions(*args, **kwargs):
             if len(steps) >= steps.limit:
                 raise KeyboardInterrupt
             steps.append(run().steps[part.window])
             yield part
 
-    monkeypatch.setattr(module, "stepwise", counting)
+    monkeypatch.setattr(Stepwise, "contributions", counting)
     return steps
 
 

@@ -19,7 +19,7 @@ import explaind_core as explaind
 from explaind_core.errors import QuestionError
 from explaind_core.questions.restrictions import Sample
 from explaind_core.run.run import Run
-from explaind_core.strategies.adjoint import Adjoint
+from explaind_core.strategies.adjoint_walk import AdjointWalk
 from explaind_core.testing import record_example
 from support import axes_oracle
 from support.axes_oracle import AXES, SUBSETS, Influences, assert_answers, influences
@@ -253,7 +253,7 @@ def test_what_has_decayed_below_rounding_is_dropped_and_the_result_says_so(keep,
     assert 20 < 48 - dropped["last"] < 40
     assert explaind.closure_error(result) < 1e-13
 
-    monkeypatch.setattr(Adjoint, "_drop", mock.Mock())
+    monkeypatch.setattr(AdjointWalk, "_drop", mock.Mock())
     whole = ask(long_run(), keep, LONG, steps=WINDOWS, strategy="adjoint")
     assert "tail_dropped" not in whole.attrs
     for name in ("kernel", "regularization", "residual"):

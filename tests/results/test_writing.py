@@ -22,6 +22,7 @@ from explaind_core.errors import QuestionError, StoreError
 from explaind_core.results import result_writer as appending
 from explaind_core.store import locations
 from explaind_core.store.scratch import WorkingFolder
+from explaind_core.strategies.stepwise import Stepwise
 from support.asked_results import INPUTS, ask, run
 
 #: The module, which the function of the same name hides.
@@ -126,7 +127,7 @@ def _one_row(choose):
 
 def test_a_folder_that_cannot_be_made_is_told_before_any_work(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr(module, "stepwise", None)
+    monkeypatch.setattr(Stepwise, "contributions", None)
     with pytest.raises(StoreError, match=r"Not a directory[\s\S]*where: "):
         ask(tmp_path / "file" / "result.zarr")
 

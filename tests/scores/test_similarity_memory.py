@@ -15,7 +15,7 @@ import explaind_core as explaind
 from explaind_core.errors import QuestionError
 from explaind_core.questions.question import Question
 from explaind_core.scores import second_moments
-from explaind_core.strategies import features as entries
+from explaind_core.strategies import entry_features as entries
 from support.axes_oracle import influences
 from support.axes_runs import DATA, INPUTS, OPTIMIZERS, TARGETS, example, network, record_batches
 from support.similarity_oracle import (
