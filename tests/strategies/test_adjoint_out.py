@@ -26,6 +26,7 @@ def ask(run: Run, keep, **question) -> xr.Dataset:
     return explaind.attribute(run, INPUTS, keep=keep, **options)
 
 
+@pytest.fixture
 def blocks(monkeypatch):
     """So many test samples in a pass."""
     original = module.choose
