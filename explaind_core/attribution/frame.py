@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import reduce
 from hashlib import blake2b
+from operator import or_
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import xarray as xr
 from torch import Tensor
 
 from explaind_core import trees
-from explaind_core.questions import AXES, GRADIENT_AXES, Contribution, Ends, Places, Question, reduced
+from explaind_core.questions import AXES, GRADIENT_AXES, Contribution, Ends, Findings, Places, Question, reduced
 from explaind_core.results import COUNTS, totals
 
 __all__ = ["Frame"]
@@ -48,6 +50,7 @@ class Frame:
         rows: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in (*self.terms, *self.edges)}
         windows: list[int] = []
         counts: dict[str, list[Any]] = {name: [] for name in COUNTS}
+        findings = Findings()
         for part in parts:
             residual = part.residual.numpy().copy()
             for name in self.terms:
@@ -63,6 +66,7 @@ class Frame:
             if "statistics" in rows:
                 rows["statistics"].append(part.statistics.numpy())
             windows.append(part.window)
+            findings |= part.findings
             for name, values in counts.items():
                 values.append(getattr(part, name))
         variables: dict[str, Any] = {}
@@ -73,7 +77,7 @@ class Frame:
         variables["final"] = (self.edge_dims, self._edge(self.ends.final, block))
         if not self.question.run.closed_by_secant:
             del counts["correction"]
-        attributes = self.attributes()  # after the parts: facts are found on the way
+        attributes = self.attributes() | findings.attributes()
         if keeps_step:
             kept = {name: COUNTS[name].array(values) for name, values in counts.items() if COUNTS[name].along_step}
             variables |= {name: ("step", values) for name, values in kept.items()}
@@ -108,6 +112,7 @@ class Frame:
                 omitted=torch.cat([p.omitted for p in several], edge),
                 statistics=torch.cat([p.statistics for p in several], edge),
                 **{name: count.over_all_blocks([getattr(p, name) for p in several]) for name, count in COUNTS.items()},
+                findings=reduce(or_, (p.findings for p in several)),
             )
             for several in zip(*blocks, strict=True)
         ]
@@ -162,7 +167,7 @@ class Frame:
             found["sampled"] = "; ".join(question.notes)
         if "parameter" in self.dims:
             found["tensors"] = list(question.run.parameters)
-        return found | question.facts
+        return found
 
     def fingerprint(self) -> str:
         """A hash of everything that the result depends on, by which an interrupted question knows itself again."""

@@ -5,6 +5,7 @@ It may import decomposition, derivatives, run and what these may import.
 
 from __future__ import annotations
 
+from explaind_core.questions.findings import Findings
 from explaind_core.questions.layers import Layer, LayerSpec, resolve_layers
 from explaind_core.questions.memory import check_fits
 from explaind_core.questions.parameter_axis import Places
@@ -19,6 +20,7 @@ __all__ = [
     "GRADIENT_AXES",
     "Contribution",
     "Ends",
+    "Findings",
     "Layer",
     "LayerSpec",
     "Places",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,15 +43,22 @@ class Question:
     """An attribution, checked and resolved: everything that follows knows only this.
 
     Attributes:
-        run: the run. windows: the entries of the step axis. segments: the straight lines of the path, in order.
+        run: the run.
+        windows: the entries of the step axis.
+        segments: the straight lines of the path, in order.
         gradient_steps: whose gradients count; those up to the last step, all of them unless restricted.
         train: the entries of the train axis, None where samples need not be told apart.
-        layers, rest: what is kept apart, and what that leaves out.
-        keep: the kept axes in order. quadrature: the nodes. function: what is explained. memory: bytes.
+        layers: what is kept apart.
+        rest: what the layers leave out, None for nothing.
+        keep: the kept axes in order.
+        quadrature: the nodes.
+        function: what is explained.
+        memory: bytes.
         strategy: the name of the one that the caller insists on, None for the cheapest.
-        chords: steps that share a straight line. carries: whether what no sample explains of a gradient is a term.
+        chords: steps that share a straight line.
+        carries: whether what no sample explains of a gradient is a term.
         gram: whether the inner products of the kernel's tensors are wanted, too (features only).
-        notes: what a result must say about how it was asked for; facts: what is found on the way and must be said too.
+        notes: what a result must say about how it was asked for.
     """
 
     run: Run
@@ -70,7 +77,6 @@ class Question:
     carries: bool = False
     gram: bool = False
     notes: tuple[str, ...] = ()
-    facts: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod
     def ask(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from explaind_core.questions.findings import Findings
 from explaind_core.questions.question import AXES, GRADIENT_AXES, Question
 
 __all__ = ["Contribution", "WindowSum"]
@@ -21,11 +22,19 @@ class Contribution:
     """What one window added to the explained function. Arrays are float64 over the kept axes, step left out.
 
     Attributes:
-        window: its position. terms: term -> influences. residual, omitted, statistics: over (test, output) as far as
-            kept; statistics are what buffers added that moved.
-        nodes, evaluations: of the quadrature, summed over the window's segments. converged: whether all of them met the
-            tolerance, and missed: how many did not. update_error, correction: the largest of its steps (see decompose).
+        window: its position.
+        terms: term -> influences.
+        residual: over (test, output) as far as kept.
+        omitted: what restrictions left out, over the same.
+        statistics: what buffers added that moved, over the same.
+        nodes: of the quadrature, summed over the window's segments.
+        evaluations: nodes evaluated, refinements included.
+        converged: whether all segments met the tolerance.
+        update_error: the largest of its steps (see decompose).
+        correction: the largest secant of its steps.
+        missed: how many segments did not meet the tolerance.
         gram: ``[L', n, n]``, inner products of the kernel's tensors over steps, parameters and entries, if wanted.
+        findings: what was found on the way to it, since the contribution before it.
     """
 
     window: int
@@ -40,6 +49,7 @@ class Contribution:
     correction: float
     missed: int = 0
     gram: Tensor | None = None
+    findings: Findings = field(default_factory=Findings)
 
 
 @dataclass
@@ -67,6 +77,7 @@ class WindowSum:
     correction: float = 0.0
     missed: int = 0
     gram: Tensor | None = None
+    findings: Findings = field(default_factory=Findings)
 
     def __post_init__(self) -> None:
         sizes = self.question.sizes(self.outputs)
@@ -114,6 +125,7 @@ class WindowSum:
             correction=self.correction,
             missed=self.missed,
             gram=self.gram,
+            findings=self.findings,
         )
 
 

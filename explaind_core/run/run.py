@@ -79,8 +79,6 @@ class Run(ExplainedSteps):
         self._gradient = gradient
         #: As it was given: of a run that is computed again, not even an evaluation mode may be set for good.
         self._architecture = None if model is None or self.mode == "steps" else plain_copy(model)
-        #: In which mode the model's gradients are the recorded ones, as far as is known.
-        self.trains_in_training_mode = True
         self._models: dict[bool, nn.Module] = {}
 
     def __repr__(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,11 +14,11 @@ from torch import Tensor
 from explaind_core.decomposition import StepDecomposition, decompose
 from explaind_core.derivatives import climb
 from explaind_core.progress import counted
-from explaind_core.questions import Ends, Question, Window, check_fits, finite_values, reduced
+from explaind_core.questions import Ends, Findings, Question, Window, check_fits, finite_values, reduced
 from explaind_core.scores.second_moments import Moments
 from explaind_core.strategies import HELD, Matrices, feature_map, gram_products
 
-__all__ = ["Blocks", "Matrices", "gram", "gram_products", "order_of", "passes_of", "step_gram"]
+__all__ = ["Blocks", "InnerProducts", "Matrices", "gram", "gram_products", "order_of", "passes_of", "step_gram"]
 
 
 def passes_of(question: Question, names: Sequence[str]) -> int:
@@ -88,10 +89,31 @@ def _size(question: Question, names: Sequence[str]) -> int:
     return sum(question.run.parameters[n].shape.numel() for n in names) * question.function.dtype.itemsize
 
 
-def gram(
-    question: Question, windows: Sequence[Window], per: tuple[str, ...], progress: bool
-) -> tuple[Matrices, int, int]:
-    """The inner products ``[*per, n, n]`` by weighted Gram matrices; the nodes used, the steps missed."""
+class InnerProducts(NamedTuple):
+    """The inner products of the tensors of all pairs of test samples.
+
+    Attributes:
+        products: ``[*per, n, n]``.
+        nodes_used: of all steps.
+        missed: how many steps did not meet the tolerance.
+        findings: what was found on the way.
+    """
+
+    products: Matrices
+    nodes_used: int
+    missed: int
+    findings: Findings
+
+
+def gram(question: Question, windows: Sequence[Window], per: tuple[str, ...], progress: bool) -> InnerProducts:
+    """The inner products by weighted Gram matrices.
+
+    Args:
+        question: for the tensors.
+        windows: with a matrix each, where ``per`` has ``"step"``.
+        per: the axes with a matrix for each entry.
+        progress: show a bar with the remaining time.
+    """
     names = [n for n in question.run.parameters if any(n in layer.masks for layer in question.layers)]
     passes = passes_of(question, names)
     scale = Ends.of(question).scale(question)
@@ -116,7 +138,8 @@ def gram(
             advance(1)
     axes = [axis for axis in sizes if axis in per]
     found = total.reshape(*(sizes[axis] for axis in axes), n, n)
-    return found if tuple(axes) == per else found.swapaxes(0, 1), nodes_used, failed
+    found = found if tuple(axes) == per else found.swapaxes(0, 1)
+    return InnerProducts(found, nodes_used, failed, moments.findings)
 
 
 def order_of(question: Question, split: StepDecomposition, scale: float, rung: int) -> tuple[int, int, bool]:

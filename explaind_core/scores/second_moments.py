@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from explaind_core.decomposition import StepDecomposition, decompose
-from explaind_core.questions import Question
+from explaind_core.questions import Findings, Question
 from explaind_core.store import WorkingFolder
-from explaind_core.strategies import EntryFeatures, horizon
+from explaind_core.strategies import EntryFeatures, GradientSplitter, horizon
 
 __all__ = ["Moments", "restricted_to"]
 
@@ -31,16 +31,21 @@ class Moments:
     """``sum_k h_{s,k}^2`` of every step explained, on disk while it is entered.
 
     Args:
-        question: the question. names: the parameters that are wanted.
+        question: the question.
+        names: the parameters that are wanted.
         passes: walks over the run, each with the features of some training samples. None where training samples are
             summed and all asked for: the squares of the kernel's updates will do.
         advance: called with the number of steps walked over.
+
+    Attributes:
+        findings: what was found on the walks.
     """
 
     question: Question
     names: list[str]
     passes: int
     advance: Callable[[int], object]
+    findings: Findings = field(init=False, default=Findings())
     _where: dict[str, slice] = field(default_factory=dict)
     _row: dict[int, int] = field(default_factory=dict)
 
@@ -70,13 +75,12 @@ class Moments:
         # All of it at once: a disk that is full when a page of a mapped file is written kills the process.
         path = self._folder.allocate("moments", 8 * len(self._row) * start)
         self._stored = np.memmap(path, dtype=np.float64, mode="r+", shape=(len(self._row), start))
-        first = horizon(question)
-        if first > 1:
-            question.facts["tail_dropped"] = f"below rounding before step {first}"
+        first, splitter = horizon(question), GradientSplitter(question)
         labels = question.train.labels
         size = math.ceil(len(labels) / self.passes)
         for low in range(0, len(labels), size):
-            features = EntryFeatures(restricted_to(question, slice(low, low + size)), self.names, others=False)
+            some = restricted_to(question, slice(low, low + size))
+            features = EntryFeatures(some, self.names, others=False, splitter=splitter)
             self.advance(first - 1)
             for split in decompose(question.run, first=first, last=question.steps[-1]):
                 read = split.step in self._row
@@ -84,6 +88,8 @@ class Moments:
                     squares = h.double().square_().sum(0).reshape(-1)
                     self._stored[self._row[split.step], self._where[name]] += squares.numpy()
                 self.advance(1)
+        tail = f"below rounding before step {first}" if first > 1 else None
+        self.findings = Findings(tail_dropped=tail) | splitter.take()
 
     def of(self, split: StepDecomposition) -> dict[str, Tensor]:
         """Parameter name -> weights of its shape."""

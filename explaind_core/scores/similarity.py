@@ -19,9 +19,9 @@ import xarray as xr
 
 from explaind_core.attribution import answer
 from explaind_core.errors import QuestionError
-from explaind_core.questions import AXES, Question, Window, check_fits, segments_of
+from explaind_core.questions import AXES, Findings, Question, Window, check_fits, segments_of
 from explaind_core.run import Run
-from explaind_core.scores.grams import gram
+from explaind_core.scores.grams import InnerProducts, gram
 from explaind_core.strategies import Matrices, cosines
 
 __all__ = ["Asked", "similarity"]
@@ -79,24 +79,24 @@ def similarity(
     )  # fmt: skip
     question, rows = asked.question, asked.question.function.rows.numpy()
     if asked.by_gram:
-        products, nodes_used, failed = gram(question, asked.windows, asked.per, progress)
+        found = gram(question, asked.windows, asked.per, progress)
     else:
-        products, nodes_used, failed = _asked(question, asked.windows, asked.over, asked.per, progress)
+        found = _asked(question, asked.windows, asked.over, asked.per, progress)
     attributes: dict[str, Any] = {
         "score": "cosine similarity (Definition 4.4)",
         "over": list(asked.over),
         "summed_first": [a for a in AXES if a not in (*asked.over, *asked.per, "test")],
-        "nodes_used": nodes_used,
-        "steps_not_converged": failed,
+        "nodes_used": found.nodes_used,
+        "steps_not_converged": found.missed,
     }
     if question.notes:
         attributes["sampled"] = "; ".join(question.notes)
     return xr.DataArray(
-        cosines(products),
+        cosines(found.products),
         dims=(*asked.per, "test", "other"),
         coords={**asked.labels, "test": rows, "other": rows},
         name="similarity",
-        attrs=attributes | question.facts,
+        attrs=attributes | found.findings.attributes(),
     )
 
 
@@ -171,18 +171,19 @@ def _axes(axes: Sequence[str]) -> tuple[str, ...]:
 # ---------------------------------------------------------------------- from the tensors themselves
 def _asked(
     question: Question, windows: Sequence[Window], over: Sequence[str], per: tuple[str, ...], progress: bool
-) -> tuple[Matrices, int, int]:
-    """The inner products ``[*per, n, n]`` of tensors that ``attribute`` tells; the nodes used, the steps missed."""
+) -> InnerProducts:
+    """The inner products of tensors that ``attribute`` tells."""
     result = answer(question, progress=progress)
+    findings = Findings.of(result.attrs)
     if "nodes" in result:
         effort = int(result.nodes.sum()), int((~result.converged).sum())
     else:
         effort = result.attrs["nodes_used"], result.attrs["steps_not_converged"]
     if not {"step"} <= {*over} & {*per}:
-        return (_flat_products(result.kernel, per), *effort)
+        return InnerProducts(_flat_products(result.kernel, per), *effort, findings)
     inner = tuple(axis for axis in per if axis != "step")
     parts = [_flat_products(result.kernel.sel(step=list(window.steps)), inner) for window in windows]
-    return (np.stack(parts, per.index("step")), *effort)
+    return InnerProducts(np.stack(parts, per.index("step")), *effort, findings)
 
 
 def _flat_products(tensors: xr.DataArray, per: tuple[str, ...]) -> Matrices:

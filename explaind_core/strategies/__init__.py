@@ -11,12 +11,14 @@ from explaind_core.strategies.forward import StepContribution, _integrate, _tang
 from explaind_core.strategies.gram_products import Matrices, cosines, gram_products
 from explaind_core.strategies.probe import Probe, first_needed, peak_memory, replayed, timed
 from explaind_core.strategies.reverse import feature_map, row_bytes
+from explaind_core.strategies.shares import GradientSplitter
 from explaind_core.strategies.strategy import Choice, Strategy, run_bytes
 
 __all__ = [
     "HELD",
     "Choice",
     "EntryFeatures",
+    "GradientSplitter",
     "Matrices",
     "Probe",
     "StepContribution",

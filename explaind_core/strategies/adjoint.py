@@ -6,7 +6,7 @@ See :mod:`explaind_core.strategies.adjoint_walk` for the recursion.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from explaind_core.strategies.adjoint_walk import AdjointWalk, State
 from explaind_core.strategies.entry_features import STATES
 from explaind_core.strategies.probe import PROBED, Estimate, Probe, first_needed, timed
 from explaind_core.strategies.reverse import feature_map
+from explaind_core.strategies.shares import GradientSplitter
 from explaind_core.strategies.stepwise import covered, gradient_work
 from explaind_core.strategies.strategy import Choice, Strategy, run_bytes
 
@@ -108,24 +109,14 @@ class Adjoint(Strategy):
                 advance(1)
 
             with Tape(question.run, last, segment=choice.segment, seen=seen) as tape:
+                splitter = GradientSplitter(question)
                 for rows in blocks:
-                    walk = AdjointWalk(question, tape, rows, ends.outputs, scale, method=choice.method)
-                    parts = walk.run(advance)
-                    if walk.dropped:
-                        question.facts["tail_dropped"] = _tails(question, walk.dropped)
-                    yield from parts
+                    walk = AdjointWalk(
+                        question, tape, rows, ends.outputs, scale, method=choice.method, splitter=splitter
+                    )
+                    yield from walk.run(advance)
 
 
 def _method(question: Question, outputs: int, rows: int) -> str:
     derivatives = rows * (outputs if question.keeps("output") else 1) * len(question.windows) * len(question.layers)
     return "directional" if derivatives <= DIRECTIONAL else "materialised"
-
-
-def _tails(question: Question, dropped: Mapping[int, int]) -> str:
-    """Before which steps the states of windows were dropped."""
-    if len(dropped) > 4:  # one by one where steps are kept: that says nothing more
-        spans = [question.windows[w].steps[0] - s for w, s in dropped.items()]
-        return f"below rounding, {min(spans)} to {max(spans)} steps before each of {len(dropped)} windows"
-    return "below rounding before step " + ", ".join(
-        f"{s} (window {question.windows[w].name})" for w, s in sorted(dropped.items())
-    )

@@ -24,10 +24,20 @@ from torch import Tensor
 from explaind_core.decomposition import FLAT, StepDecomposition, Tape, term_names, updates_of
 from explaind_core.derivatives import climb
 from explaind_core.errors import QuestionError
-from explaind_core.questions import Contribution, Layer, Places, Question, Segment, WindowSum, finite_values, reduced
+from explaind_core.questions import (
+    Contribution,
+    Findings,
+    Layer,
+    Places,
+    Question,
+    Segment,
+    WindowSum,
+    finite_values,
+    reduced,
+)
 from explaind_core.rules import FilterState, StepCoefficients, apply_each, is_elementwise
 from explaind_core.strategies.reverse import feature_map, rest_change
-from explaind_core.strategies.shares import samples_of
+from explaind_core.strategies.shares import GradientSplitter
 from explaind_core.tensors import to_dense
 
 __all__ = ["AdjointWalk", "State"]
@@ -59,6 +69,7 @@ class AdjointWalk:
         outputs: J.
         scale: what the quadrature's tolerance is a fraction of.
         method: ``"materialised"`` or ``"directional"``: how gradients of samples are multiplied.
+        splitter: of all walks that belong together; one of its own by default.
     """
 
     def __init__(
@@ -70,8 +81,10 @@ class AdjointWalk:
         scale: float,
         *,
         method: str = "materialised",
+        splitter: GradientSplitter | None = None,
     ) -> None:
         self.question, self.tape, self.block, self.scale, self.method = question, tape, block, scale, method
+        self.splitter = GradientSplitter(question) if splitter is None else splitter
         self.names, self.places = term_names(question.run), Places(question)
         rows = block.stop - block.start
         self.sums = [WindowSum(question, w, outputs, question.terms, rows) for w in range(len(question.windows))]
@@ -107,6 +120,7 @@ class AdjointWalk:
                 advanced(s - 1)
                 break
         self._add_gaps(edges)
+        self.sums[0].findings = self.splitter.take() | Findings(tail_dropped=self._tails())
         return [total.finish() for total in self.sums]
 
     # ------------------------------------------------------------------ the test side
@@ -227,6 +241,18 @@ class AdjointWalk:
                     self.dropped[w] = s
                 del self.alive[w]
 
+    def _tails(self) -> str | None:
+        """Before which steps the states of windows were dropped."""
+        windows = self.question.windows
+        if not self.dropped:
+            return None
+        if len(self.dropped) > 4:  # one by one where steps are kept: that says nothing more
+            spans = [windows[w].steps[0] - s for w, s in self.dropped.items()]
+            return f"below rounding, {min(spans)} to {max(spans)} steps before each of {len(self.dropped)} windows"
+        return "below rounding before step " + ", ".join(
+            f"{s} (window {windows[w].name})" for w, s in sorted(self.dropped.items())
+        )
+
     # ------------------------------------------------------------------ the training side
     def add_kernel(self, split: StepDecomposition, worth: dict[int, Worth]) -> None:
         """Multiply this step's gradient, or its samples' gradients, with what they are worth."""
@@ -245,7 +271,7 @@ class AdjointWalk:
         names = [n for n in split.gradients if any(n in part for parts in worth.values() for part in parts)]
         if not names:
             return
-        samples = samples_of(question, split, names)
+        samples = self.splitter.shares(split, names)
         positions = question.train.positions(samples.ids)
         asked = positions >= 0
         places = positions[asked] if question.keeps("train") else torch.zeros_like(positions[asked])

@@ -16,7 +16,7 @@ from explaind_core.decomposition import FLAT, StepDecomposition, decompose, spli
 from explaind_core.derivatives import slices
 from explaind_core.questions import Question
 from explaind_core.rules import FilterState, apply_each
-from explaind_core.strategies.shares import samples_of
+from explaind_core.strategies.shares import GradientSplitter
 from explaind_core.tensors import to_dense
 
 __all__ = ["HELD", "STATES", "EntryFeatures", "horizon"]
@@ -36,12 +36,17 @@ class EntryFeatures:
     for where gradients are restricted, and one for what no sample explains where that is carried.
 
     Args:
-        question: the question. names: the parameters whose features are wanted.
+        question: the question.
+        names: the parameters whose features are wanted.
         others: whether what is not asked for is wanted, too, where there is something.
+        splitter: of the walk that they belong to; one of their own by default.
     """
 
-    def __init__(self, question: Question, names: list[str], *, others: bool = True) -> None:
+    def __init__(
+        self, question: Question, names: list[str], *, others: bool = True, splitter: GradientSplitter | None = None
+    ) -> None:
         self.question = question
+        self.splitter = GradientSplitter(question) if splitter is None else splitter
         self.names = names
         keep = question.keep
         self.steps = {s: n for n, s in enumerate(question.gradient_steps)}
@@ -135,7 +140,7 @@ class EntryFeatures:
                 if n in split.gradients:
                     fed[n][place] = to_dense(split.gradients[n])
             return fed
-        samples = samples_of(self.question, split, names)
+        samples = self.splitter.shares(split, names)
         positions = train.positions(samples.ids)
         if self.shape[1] == 1:  # not told apart
             positions = torch.where(positions >= 0, torch.zeros_like(positions), positions)

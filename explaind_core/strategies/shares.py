@@ -20,12 +20,13 @@ from torch import Tensor
 from explaind_core.decomposition import StepDecomposition
 from explaind_core.derivatives import SampleGradients
 from explaind_core.errors import ExplaindError, RecordingError
-from explaind_core.questions import Question
+from explaind_core.questions import Findings, Question
 from explaind_core.rules import OWNER
 from explaind_core.run import Run
 from explaind_core.tensors import to_dense
+from explaind_core.training_step import Batch
 
-__all__ = ["Shares", "samples_of"]
+__all__ = ["GradientSplitter", "Shares"]
 
 Gradients = dict[str, Tensor]
 
@@ -35,7 +36,8 @@ class Shares:
     """The shares ``M * g_k`` of one step's samples; see :class:`explaind_core.derivatives.SampleGradients`.
 
     Args:
-        samples: the samples' gradients. factors: M of every parameter, 0-d or of its shape.
+        samples: the samples' gradients.
+        factors: M of every parameter, 0-d or of its shape.
     """
 
     samples: SampleGradients
@@ -66,57 +68,121 @@ class Shares:
             yield part, self._times(gradients)
 
 
-def samples_of(question: Question, split: StepDecomposition, names: list[str]) -> Shares:
-    """The shares of one step's samples.
+class GradientSplitter:
+    """Splits the gradients of steps into the shares of their samples, and remembers what it learns of the run.
 
-    The model is run as it was when the batch was passed through it; where that was not recorded, in training mode, or
-    else in evaluation mode, as a fine-tuned one may have been: the one whose gradients are those that were recorded is
-    right. So it is with a loss that was, or was not, computed under the model's autocast.
+    It lives for one walk over the run (or for several that belong together).
 
-    Raises:
-        RecordingError: no way to pass the batch through the model gives the gradient that was recorded.
+    Args:
+        question: whose run it is about.
     """
-    run = question.run
-    assert run.loss is not None
-    recorded = {n: split.gradients[n] for n in names if n in split.gradients}
-    batch, declared = run.batch(split.step), run.gradient_factor(split.step)
-    states = [m.forward for m in batch.micro]
-    modes = [run.trains_in_training_mode, not run.trains_in_training_mode]
-    if all(state is not None for state in states):
-        modes = [all(state.training for state in states if state is not None)]
-    autocast = any(state is not None and state.autocast is not None for state in states)
-    limit = None
-    if any(kind == "value" for kind, *_ in run.clips(split.step)) and recorded:
-        limit = max(float(to_dense(g).abs().max()) for g in recorded.values() if g.numel())
-    first: ExplaindError | None = None
-    candidates = [(mode, inside) for mode in modes for inside in ((True, False) if autocast else (True,))]
-    buffers = run.buffers(split.step - 1)
-    for mode, inside in candidates:
-        model = run.model_in(mode)
-        try:
-            samples = SampleGradients(model, run.loss, batch, split.taken_at, buffers, names, loss_in_autocast=inside)
-            scales = _fitted(run, samples, recorded, names, step=split.step, factor=declared, limit=limit)
-        except RecordingError as error:
-            first = first or error
-            continue
-        except ValueError as error:  # torch's own, of batch normalisation that is given a single sample
-            first = first or RecordingError(
-                f"the model cannot be run on the batch: {error}",
-                where=f"step {split.step}",
-                remedy="a gradient has no share per sample there: keep only axes other than train",
-            )
-            continue
-        run.trains_in_training_mode = mode
-        return _shares(question, samples, scales, limit, recorded, names)
-    assert first is not None
-    if not question.carries:
-        raise first
-    mode, inside = candidates[0]
-    samples = SampleGradients(
-        run.model_in(mode), run.loss, batch, split.taken_at, buffers, names, loss_in_autocast=inside
-    )
-    nearest = dict.fromkeys(names, samples.nearest(recorded, limit=limit))
-    return _shares(question, samples, nearest, limit, recorded, names)
+
+    def __init__(self, question: Question) -> None:
+        self._run, self._carries = question.run, question.carries
+        #: In which mode the model's gradients are the recorded ones, as far as is known: it is tried first.
+        self._training = True
+        self._found = Findings()
+
+    def take(self) -> Findings:
+        """What was found since this was last asked."""
+        found, self._found = self._found, Findings()
+        return found
+
+    def shares(self, split: StepDecomposition, names: list[str]) -> Shares:
+        """The shares of one step's samples.
+
+        The model is run as it was when the batch was passed through it; where that was not recorded, in training mode,
+        or else in evaluation mode, as a fine-tuned one may have been: the one whose gradients are those that were
+        recorded is right. So it is with a loss that was, or was not, computed under the model's autocast.
+
+        Args:
+            split: the step.
+            names: the parameters whose gradients are wanted.
+
+        Raises:
+            RecordingError: no way to pass the batch through the model gives the gradient that was recorded.
+        """
+        run = self._run
+        recorded = {n: split.gradients[n] for n in names if n in split.gradients}
+        limit = None
+        if any(kind == "value" for kind, *_ in run.clips(split.step)) and recorded:
+            limit = max(float(to_dense(g).abs().max()) for g in recorded.values() if g.numel())
+        batch, declared = run.batch(split.step), run.gradient_factor(split.step)
+        buffers, ways = run.buffers(split.step - 1), self._ways(batch)
+        first: ExplaindError | None = None
+        for mode, inside in ways:
+            try:
+                samples = self._samples(split, batch, names, buffers, mode, inside)
+                scales = _fitted(run, samples, recorded, names, step=split.step, factor=declared, limit=limit)
+            except RecordingError as error:
+                first = first or error
+                continue
+            except ValueError as error:  # torch's own, of batch normalisation that is given a single sample
+                first = first or RecordingError(
+                    f"the model cannot be run on the batch: {error}",
+                    where=f"step {split.step}",
+                    remedy="a gradient has no share per sample there: keep only axes other than train",
+                )
+                continue
+            self._training = mode
+            return self._shares(samples, scales, limit, recorded, names)
+        assert first is not None
+        if not self._carries:
+            raise first
+        samples = self._samples(split, batch, names, buffers, *ways[0])
+        nearest = dict.fromkeys(names, samples.nearest(recorded, limit=limit))
+        return self._shares(samples, nearest, limit, recorded, names)
+
+    def _ways(self, batch: Batch) -> list[tuple[bool, bool]]:
+        """(training mode, whether the loss is computed under autocast) as they may have been, the likeliest first."""
+        states = [m.forward for m in batch.micro]
+        modes = [self._training, not self._training]
+        if all(state is not None for state in states):
+            modes = [all(state.training for state in states if state is not None)]
+        autocast = any(state is not None and state.autocast is not None for state in states)
+        return [(mode, inside) for mode in modes for inside in ((True, False) if autocast else (True,))]
+
+    def _samples(
+        self, split: StepDecomposition, batch: Batch, names: list[str], buffers: Mapping[str, Tensor], mode: bool,
+        inside: bool,
+    ) -> SampleGradients:  # fmt: skip
+        run = self._run
+        assert run.loss is not None
+        return SampleGradients(
+            run.model_in(mode), run.loss, batch, split.taken_at, buffers, names, loss_in_autocast=inside
+        )
+
+    def _shares(
+        self,
+        samples: SampleGradients,
+        scales: Mapping[str, float],
+        limit: float | None,
+        recorded: Mapping[str, Tensor],
+        names: Sequence[str],
+    ) -> Shares:
+        total, entries_clipped, unattributed = samples.total(), None, None
+        factors = {n: torch.tensor(scales[n], dtype=torch.float64) for n in names}
+        if limit is not None:
+            clipped = {n: (scales[n] * total[n].double()).abs() > limit for n in names}
+            factors = {
+                n: torch.where(clipped[n], limit / total[n].double().abs(), scales[n])
+                if bool(clipped[n].any())
+                else factors[n]
+                for n in names
+            }
+            entries_clipped = sum(int(c.sum()) for c in clipped.values())
+        if self._carries:
+            rest = [to_dense(recorded[n]).double().cpu() - factors[n] * total[n].double().cpu() for n in recorded]
+            size = sum(float(r.square().sum()) for r in rest) ** 0.5
+            fed = sum(float(to_dense(g).double().square().sum()) for g in recorded.values()) ** 0.5
+            unattributed = size / fed if fed else 0.0
+        self._found |= Findings(
+            gradient_factor=(min(scales.values()), max(scales.values())),
+            entries_clipped=entries_clipped,
+            samples_together=samples.together,
+            unattributed_gradient=unattributed,
+        )
+        return Shares(samples, factors)
 
 
 def _fitted(
@@ -134,39 +200,3 @@ def _fitted(
             own = [name for name in names if owners.get(name, member) == member]
             found |= dict.fromkeys(own, samples.fit(recorded, step=step, names=own, **told) if own else 1.0)
         return found
-
-
-def _shares(
-    question: Question,
-    samples: SampleGradients,
-    scales: Mapping[str, float],
-    limit: float | None,
-    recorded: Mapping[str, Tensor],
-    names: Sequence[str],
-) -> Shares:
-    found = [*question.facts.get("gradient_factor", []), *scales.values()]
-    question.facts["gradient_factor"] = [min(found), max(found)]
-    total = samples.total()
-    factors = {n: torch.tensor(scales[n], dtype=torch.float64) for n in names}
-    if limit is not None:
-        clipped = {n: (scales[n] * total[n].double()).abs() > limit for n in names}
-        factors = {
-            n: torch.where(clipped[n], limit / total[n].double().abs(), scales[n])
-            if bool(clipped[n].any())
-            else factors[n]
-            for n in names
-        }
-        question.facts["entries_clipped"] = question.facts.get("entries_clipped", 0) + sum(
-            int(c.sum()) for c in clipped.values()
-        )
-    if samples.together:
-        question.facts["samples_together"] = (
-            "shares are gradients of own loss terms, the whole batch in the forward pass"
-        )
-    if question.carries:
-        rest = [to_dense(recorded[n]).double().cpu() - factors[n] * total[n].double().cpu() for n in recorded]
-        size = sum(float(r.square().sum()) for r in rest) ** 0.5
-        fed = sum(float(to_dense(g).double().square().sum()) for g in recorded.values()) ** 0.5
-        largest = question.facts.get("unattributed_gradient", 0.0)
-        question.facts["unattributed_gradient"] = max(largest, size / fed if fed else 0.0)
-    return Shares(samples, factors)

@@ -13,6 +13,7 @@ from explaind_core.progress import counted
 from explaind_core.questions import (
     Contribution,
     Ends,
+    Findings,
     Places,
     Question,
     Segment,
@@ -57,16 +58,19 @@ def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return other if one is None else one if other is None else one + other
 
 
-def _segments(question: Question, first: int) -> Iterator[tuple[Segment, StepDecomposition, Features | None]]:
-    """The segments from window ``first`` on, each with its update and, where gradients are split, its features."""
+def _entry_features(question: Question) -> EntryFeatures | None:
+    """Those of all entries, where gradients are split."""
+    if not question.splits_gradients:
+        return None
+    return EntryFeatures(question, [n for n in question.run.parameters if any(n in x.masks for x in question.layers)])
+
+
+def _segments(
+    question: Question, first: int, start: int, entries: EntryFeatures | None
+) -> Iterator[tuple[Segment, StepDecomposition, Features | None]]:
+    """The segments from window ``first`` on, each with its update and the features of entries fed from ``start`` on."""
     wanted = {s: segment for segment in question.segments if segment.window >= first for s in segment.steps}
-    entries = None
-    if question.splits_gradients:
-        names = [n for n in question.run.parameters if any(n in layer.masks for layer in question.layers)]
-        entries = EntryFeatures(question, names)
-    start = min(wanted) if entries is None else horizon(question)
-    if entries is not None and start > 1:
-        question.facts["tail_dropped"] = f"below rounding before step {start}"
+    start = min(wanted) if entries is None else start
     held: list[StepDecomposition] = []
     features: dict[str, Tensor] | None = None
     for split in decompose(question.run, first=start, last=question.steps[-1]):
@@ -162,12 +166,16 @@ class Stepwise(Strategy):
         rung = 0
         total: WindowSum | None = None
         following: tuple[int, Tensor] | None = None
-        for segment, split, features in _segments(question, first):
+        entries = _entry_features(question)
+        start = 1 if entries is None else horizon(question)
+        found = Findings(tail_dropped=f"below rounding before step {start}" if start > 1 else None)
+        for segment, split, features in _segments(question, first, start, entries):
             if total is not None and total.window != segment.window:
-                yield total.finish()
+                yield _finished(total, entries)
                 total = None
             if total is None:
-                total = WindowSum(question, segment.window, outputs, question.terms)
+                total = WindowSum(question, segment.window, outputs, question.terms, findings=found)
+                found = Findings()
                 rung = rung if (segment.window - first) % block else 0
             a, b = segment.steps[0] - 1, segment.steps[-1]
             known = following is not None and following[0] == a
@@ -184,7 +192,7 @@ class Stepwise(Strategy):
             last_values, following = end, (b, end)
             advanced(len(segment.steps))
         if total is not None:
-            yield total.finish()
+            yield _finished(total, entries)
 
     def probe(self, probe: Probe, choice: Choice) -> Estimate:
         """Values of f, features where gradients are split, and one node."""
@@ -206,6 +214,13 @@ class Stepwise(Strategy):
                 total += (walked - fed) * timed(lambda: entries.advance(split))
             samples = sum(first <= s <= last for s in question.gradient_steps) if question.train is not None else 0
         return Estimate(total + probe.nodes * segments * self.node_seconds(probe), samples)
+
+
+def _finished(total: WindowSum, entries: EntryFeatures | None) -> Contribution:
+    """A window's contribution, with all that was found since the one before."""
+    if entries is not None:
+        total.findings |= entries.splitter.take()
+    return total.finish()
 
 
 def few_outputs(question: Question, outputs: int) -> bool:

@@ -20,7 +20,7 @@ from explaind_core.errors import QuestionError
 from explaind_core.run.run import Run
 from explaind_core.store import readable_size
 from explaind_core.strategies.adjoint_walk import AdjointWalk
-from explaind_core.strategies.entry_features import samples_of
+from explaind_core.strategies.shares import GradientSplitter
 from explaind_core.testing import record_example
 from support.axes_oracle import SUBSETS
 from support.axes_runs import example
@@ -222,15 +222,14 @@ def gradient_steps(one: Run, **question) -> tuple[int, set[int]]:
     """At how many steps gradients of samples are planned; and where they are taken."""
     taken = []
 
-    def spy(question, split, names):
+    original = GradientSplitter.shares
+
+    def spy(self, split, names):
         taken.append(split.step)
-        return samples_of(question, split, names)
+        return original(self, split, names)
 
     made = explaind.plan(one, INPUTS, nodes=1, **question)
-    with (
-        mock.patch("explaind_core.strategies.adjoint_walk.samples_of", spy),
-        mock.patch("explaind_core.strategies.entry_features.samples_of", spy),
-    ):
+    with mock.patch.object(GradientSplitter, "shares", spy):
         explaind.attribute(one, INPUTS, nodes=1, progress=False, **question)
     assert len(taken) == len({*taken})
     return made.gradient_steps, {*taken}
