@@ -35,7 +35,7 @@ def main(chunk: int = 500) -> None:
     table = Table("samples", "forward, ms", "forwards per node", "per tangent", *LAYERS)
     for samples in (100, 500, 2000):
         inputs = task.test_inputs[:samples]
-        function = ExplainedFunction(model, {}, inputs, Outputs(), chunk=chunk)
+        function = ExplainedFunction(model, {}, inputs, Outputs(), chunk=chunk).at()
         shape = (len(layers), samples, 115)
 
         def forward(inputs: torch.Tensor = inputs) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from explaind_core.checkpoints.state_dicts import Checkpoints, StateDict
 from explaind_core.decomposition import StepDecomposition, UpdateSplit
-from explaind_core.derivatives import ExplainedFunction, Quadrature, as_output
+from explaind_core.derivatives import ExplainedFunction, FunctionAtStep, Quadrature, as_output
 from explaind_core.errors import NonFiniteError, QuestionError
 from explaind_core.progress import track
 from explaind_core.questions import Layer, LayerSpec, resolve_layers
@@ -107,7 +107,8 @@ def attribute_checkpoints(
     resolved, rest = resolve_layers(layers, points.parameters, model)
     if "layer" not in kept:
         resolved = (_complement(rest, points.parameters),)
-    function = ExplainedFunction(model.requires_grad_(False), points.buffers, inputs, as_output(output, loss))
+    explained = ExplainedFunction(model.requires_grad_(False), points.buffers, inputs, as_output(output, loss))
+    function = explained.at()
     edges = [_values(function, points.theta(index), points.labels[index]) for index in (0, -1)]
     frame = _Frame(kept, [layer.name for layer in resolved], edges[0], edges[1])
     bound = quadrature.tolerance * float((frame.final - frame.initial).abs().max())
@@ -119,7 +120,7 @@ def attribute_checkpoints(
         "closes": "initial + sum(change) + sum(residual) + sum(omitted) == final",
         "terms": "layer x segment of the straight path from checkpoint to checkpoint: no train axis, no optimizer",
         "dtype": str(function.dtype),
-        "output": type(function.output).__name__,
+        "output": type(explained.output).__name__,
         "first_step": points.labels[0],
         "last_step": points.labels[-1],
         "layers_restricted": int(rest is not None),
@@ -130,7 +131,7 @@ def attribute_checkpoints(
 
 
 # ---------------------------------------------------------------------- computing
-def _values(function: ExplainedFunction, theta: StateDict, label: int | str) -> Tensor:
+def _values(function: FunctionAtStep, theta: StateDict, label: int | str) -> Tensor:
     values = function.values(theta)
     if not torch.isfinite(values).all():
         raise NonFiniteError("the explained function is NaN or infinite", where=f"checkpoint {label}")
@@ -139,7 +140,7 @@ def _values(function: ExplainedFunction, theta: StateDict, label: int | str) -> 
 
 def _segments(
     points: Checkpoints,
-    function: ExplainedFunction,
+    function: FunctionAtStep,
     layers: Sequence[Layer],
     rest: Layer | None,
     quadrature: Quadrature,

@@ -5,7 +5,7 @@ It may import training_step and rules, and what these may import.
 
 from __future__ import annotations
 
-from explaind_core.derivatives.explained_function import ExplainedFunction
+from explaind_core.derivatives.explained_function import ExplainedFunction, FunctionAtStep
 from explaind_core.derivatives.factored_gradients import slices
 from explaind_core.derivatives.outputs import (
     Activation,
@@ -25,6 +25,7 @@ __all__ = [
     "Chosen",
     "ExplainedFunction",
     "Function",
+    "FunctionAtStep",
     "LogProbabilities",
     "Loss",
     "Output",

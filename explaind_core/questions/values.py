@@ -25,15 +25,19 @@ def reduced(values: Tensor, question: Question) -> Tensor:
 def finite_values(
     question: Question, theta: Mapping[str, Tensor], s: int, block: slice | None = None, *, buffers: int | None = None
 ) -> Tensor:
-    """The explained function after step s, ``[n, J]``, with the buffers after step ``buffers`` (s by default).
+    """The explained function after step s: ``[n, J]``.
 
-    It is left standing there.
+    Args:
+        question: what is explained.
+        theta: the parameters after step s.
+        s: the step.
+        block: of the test samples, all by default.
+        buffers: the step whose buffers are held; s by default.
 
     Raises:
         NonFiniteError: it is NaN or infinite.
     """
-    question.function.stand_at(s if buffers is None else buffers)
-    values = question.function.values(theta, block)
+    values = question.function.at(s if buffers is None else buffers).values(theta, block)
     if not torch.isfinite(values).all():
         raise NonFiniteError("the explained function is NaN or infinite", where=f"theta after step {s}")
     return values
@@ -54,10 +58,8 @@ class Ends:
     @classmethod
     def of(cls, question: Question) -> Ends:
         """Evaluate it there."""
-        run, function, values = question.run, question.function, []
-        for s in (question.steps[0] - 1, question.steps[-1]):
-            function.stand_at(s)
-            values.append(function.values(run.theta(s)))
+        run, function = question.run, question.function
+        values = [function.at(s).values(run.theta(s)) for s in (question.steps[0] - 1, question.steps[-1])]
         return cls(*values)
 
     @property

@@ -148,7 +148,7 @@ def order_of(question: Question, split: StepDecomposition, scale: float, rung: i
     Returns:
         Their number, where to start the next search, and whether the tolerance is met.
     """
-    quadrature, function = question.quadrature, question.function
+    quadrature, function = question.quadrature, question.function.at(split.step - 1)
     if not quadrature.adaptive:
         return quadrature.ladder[0], 0, True
     before = finite_values(question, split.theta_before, split.step - 1)
@@ -173,16 +173,15 @@ def step_gram(
     question: Question, split: StepDecomposition, names: list[str], weights: Mapping[str, Tensor], order: int
 ) -> list[Matrices]:
     """One step's inner products, layer by layer: ``[n, n]`` each."""
-    function, points = question.function, question.quadrature.points(order)
-    function.stand_at(split.step - 1)
+    function, points = question.function.at(split.step - 1), question.quadrature.points(order)
     n, parts = function.samples, Blocks.of(question, names, function.outputs)
     found = [np.zeros((n, n)) for _ in question.layers]
     for columns in parts.pieces:
         for one, block in enumerate(parts.blocks):
-            left = feature_map(question, split.theta_before, split.theta, names, block, points, columns)
+            left = feature_map(question, function, split.theta_before, split.theta, names, block, points, columns)
             for other in parts.blocks[one:]:
                 right = left if other == block else feature_map(
-                    question, split.theta_before, split.theta, names, other, points, columns
+                    question, function, split.theta_before, split.theta, names, other, points, columns
                 )  # fmt: skip
                 for position, layer in enumerate(question.layers):
                     part = gram_products(left, right, weights, layer.masks)

@@ -58,7 +58,7 @@ def plan_similarity(run: Run, inputs: Any, **question: Any) -> Plan:
 
 def _plan_grams(asked: Asked) -> Plan:
     question = asked.question
-    run, function, held = question.run, question.function, peak_memory()
+    run, function, held = question.run, question.function.at(), peak_memory()
     names = [n for n in run.parameters if any(n in layer.masks for layer in question.layers)]
     passes, last = passes_of(question, names), question.steps[-1]
     split, replay = replayed(run)
@@ -74,8 +74,10 @@ def _plan_grams(asked: Asked) -> Plan:
     nodes = GUESSED_NODES if question.quadrature.adaptive else float(question.quadrature.ladder[0])
     few = slice(0, min(_TESTED, parts.blocks[0].stop))
     points, columns = question.quadrature.points(1), parts.pieces[0]
-    phi = feature_map(question, split.theta_before, split.theta, names, few, points, columns)
-    one_map = timed(lambda: feature_map(question, split.theta_before, split.theta, names, few, points, columns))
+    phi = feature_map(question, function, split.theta_before, split.theta, names, few, points, columns)
+    one_map = timed(
+        lambda: feature_map(question, function, split.theta_before, split.theta, names, few, points, columns)
+    )
     weights = {n: u.kernel.square() for n, u in split.updates.items() if n in names}
     one_product = timed(lambda: [gram_products(phi, phi, weights, layer.masks) for layer in question.layers])
     each = nodes * one_map * parts.maps / few.stop + one_product * parts.products / few.stop**2

@@ -69,7 +69,9 @@ class Adjoint(Strategy):
         points = question.quadrature.points(1)
 
         def phi(stop: int) -> dict[str, Tensor]:
-            found = feature_map(question, split.theta_before, split.theta, probe.places.names, slice(0, stop), points)
+            found = feature_map(
+                question, probe.function, split.theta_before, split.theta, probe.places.names, slice(0, stop), points
+            )
             return {n: g.flatten(0, 1) for n, g in found.items()}
 
         per_map = timed(lambda: phi(size)) * rows / size
@@ -89,7 +91,7 @@ class Adjoint(Strategy):
             steps += last - first + 1
         # Several windows at a step share the samples' gradients, of which most of the time is made.
         shared = len(needed) + 0.25 * (steps - len(needed))
-        values = timed(lambda: question.function.values(split.theta, block))
+        values = timed(lambda: probe.function.values(split.theta, block))
         maps = (probe.nodes * per_map + 2 * values) * len(question.segments)
         back = probe.replay * (question.steps[-1] - min(needed) + 1)  # the tape is replayed as far as it is needed
         seconds = probe.replay * question.steps[-1] + choice.passes * (maps + per_step * shared + back)

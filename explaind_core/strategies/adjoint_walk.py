@@ -133,17 +133,16 @@ class AdjointWalk:
         if question.function.moves:
             after = reduced(finite_values(question, split.theta, b, self.block, buffers=a), question)
         before = reduced(finite_values(question, start, a, self.block), question)
+        function = question.function.at(a)
         moved = {n: split.theta[n].double() - start[n].double() for n in start}
         rest = None if question.rest is None else question.rest.share(moved)
 
         def evaluate(q: int) -> tuple[Tensor, tuple[FeatureMap, Tensor]]:
             points = question.quadrature.points(q)
-            phi = feature_map(question, start, split.theta, self.places.names, self.block, points)
+            phi = feature_map(question, function, start, split.theta, self.places.names, self.block, points)
             outside = torch.zeros_like(before)
             if rest is not None:
-                outside = reduced(
-                    rest_change(question.function, start, split.theta, rest, points, self.block), question
-                )
+                outside = reduced(rest_change(function, start, split.theta, rest, points, self.block), question)
             predicted = outside
             for n, g in phi.items():
                 for _, _, mask in self.places.of(n):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from explaind_core.decomposition import StepDecomposition, Updates, term_names, updates_of
-from explaind_core.derivatives import ExplainedFunction, Quadrature, climb
+from explaind_core.derivatives import FunctionAtStep, Quadrature, climb
 from explaind_core.errors import QuestionError
 from explaind_core.questions import GRADIENT_AXES, Ends, Layer, Places, Question, WindowSum, reduced
 from explaind_core.strategies.entry_features import EntryFeatures
@@ -35,10 +35,14 @@ class StepContribution:
     """What one step added to the explained function. Arrays are float64.
 
     Attributes:
-        step: s. terms: term -> ``[layers, n, J]``. rest: what the layers leave out, ``[n, J]``, None if nothing.
-        residual: ``change - sum of all terms``, ``[n, J]``. change: ``f(theta_s) - f(theta_{s-1})``.
-        before: ``f(theta_{s-1})``. after: ``f(theta_s)``.
-        nodes: the order used. evaluations: nodes evaluated, refinements included.
+        step: s.
+        terms: term -> ``[layers, n, J]``.
+        rest: what the layers leave out, ``[n, J]``, None if nothing.
+        residual: ``change - sum of all terms``, ``[n, J]``, where change is ``f(theta_s) - f(theta_{s-1})``.
+        before: ``f(theta_{s-1})``.
+        after: ``f(theta_s)``.
+        nodes: the order used.
+        evaluations: nodes evaluated, refinements included.
         converged: whether the residual met the tolerance (always True for a fixed number of nodes).
         update_error: the declared update's relative distance from the recorded one (see decompose).
         correction: the size of the rank-one secants relative to the update (see decompose).
@@ -91,7 +95,7 @@ class Forward(Stepwise):
 
     def node_seconds(self, probe: Probe) -> float:
         """For all layers, terms and entries."""
-        function, theta = probe.question.function, probe.split.theta
+        function, theta = probe.function, probe.split.theta
         count = _terms(probe.question)
 
         def node() -> None:
@@ -112,7 +116,7 @@ class Forward(Stepwise):
             updates |= {f"kernel/{e}": {n: h[e] for n, h in walked.features.items()} for e in range(count)}
             keys = list(updates)
         found, rung = refine(
-            question.function, walked.split, keys, question.layers, question.rest, (walked.before, walked.after),
+            walked.function, walked.split, keys, question.layers, question.rest, (walked.before, walked.after),
             question.quadrature, walked.bound, rung, updates=updates,
         )  # fmt: skip
         for key, term in found.terms.items():
@@ -155,7 +159,7 @@ class _Tangents:
 
 
 def refine(
-    function: ExplainedFunction,
+    function: FunctionAtStep,
     split: StepDecomposition,
     names: Sequence[str],
     layers: Sequence[Layer],
@@ -169,7 +173,15 @@ def refine(
     """What one step added, with the order that meets ``bound`` (see :func:`explaind_core.derivatives.climb`).
 
     Args:
-        names: the terms. values: f at both ends. rung: where the search for the order starts.
+        function: f where the segment begins.
+        split: its update.
+        names: the terms.
+        layers: what is told apart.
+        rest: what the layers leave out, None for nothing.
+        values: f at both ends.
+        quadrature: the nodes.
+        bound: what the residual may be at most.
+        rung: where the search for the order starts.
         updates: term -> parameter name -> its share of the update; those of ``split`` by default.
     """
     before, after = values
@@ -231,7 +243,7 @@ def _tangents(
 
 
 def _integrate(
-    function: ExplainedFunction,
+    function: FunctionAtStep,
     split: StepDecomposition,
     tangents: _Tangents,
     points: Sequence[tuple[float, float]],
@@ -240,7 +252,7 @@ def _integrate(
     """``sum_j w_j Df(theta_{s-1} + t_j Delta_s)[v]`` for all tangents: term -> ``[layers, n, J]``."""
     parts: dict[str, Tensor] = {}
     for t, weight in points:
-        point = function.at({n: torch.lerp(split.theta_before[n], split.theta[n], t) for n in split.theta})
+        point = function.on_device({n: torch.lerp(split.theta_before[n], split.theta[n], t) for n in split.theta})
         for keys, vectors in zip(tangents.groups, tangents.vectors, strict=True):
             for (index, name), derivative in zip(keys, function.derivatives(point, vectors), strict=True):
                 part = parts.setdefault(name, torch.zeros(shape, dtype=torch.float64))

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from explaind_core.decomposition import Decomposer, StepDecomposition, term_names
+from explaind_core.derivatives import FunctionAtStep
 from explaind_core.questions import Places, Question
 from explaind_core.run import Run
 
@@ -59,6 +60,11 @@ class Probe:
     def of(cls, question: Question, outputs: int, nodes: float) -> Probe:
         """Replay the run's first two steps."""
         return cls(question, outputs, nodes, *replayed(question.run))
+
+    @property
+    def function(self) -> FunctionAtStep:
+        """What is explained, where the path ends."""
+        return self.question.function.at(self.question.steps[-1])
 
     @cached_property
     def places(self) -> Places:

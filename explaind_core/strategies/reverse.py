@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from explaind_core.decomposition import StepDecomposition, updates_of
-from explaind_core.derivatives import ExplainedFunction, climb, slices
+from explaind_core.derivatives import FunctionAtStep, climb, slices
 from explaind_core.errors import QuestionError
 from explaind_core.questions import Places, Question, WindowSum, reduced
 from explaind_core.strategies.entry_features import EntryFeatures
@@ -32,6 +32,7 @@ _SQUARED = 16
 
 def feature_map(
     question: Question,
+    function: FunctionAtStep,
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
     names: list[str],
@@ -39,8 +40,18 @@ def feature_map(
     points: Points,
     columns: slice = slice(None),
 ) -> dict[str, Tensor]:
-    """``phi(x) = sum_j w_j df/dtheta(before + t_j (after - before); x)``: name -> ``[n', J', *shape]``."""
-    function = question.function
+    """``phi(x) = sum_j w_j df/dtheta(before + t_j (after - before); x)``: name -> ``[n', J', *shape]``.
+
+    Args:
+        question: which axes are kept.
+        function: f where the segment begins.
+        before: theta there.
+        after: theta where it ends.
+        names: the parameters with respect to which.
+        block: of the test samples.
+        points: t_j and w_j.
+        columns: of which outputs, all by default.
+    """
     phi: dict[str, Tensor] = {}
     for t, weight in points:
         point = {n: torch.lerp(before[n], after[n], t) for n in before}
@@ -59,7 +70,7 @@ def feature_map(
 
 
 def rest_change(
-    function: ExplainedFunction,
+    function: FunctionAtStep,
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
     share: Mapping[str, Tensor],
@@ -103,6 +114,7 @@ class Products:
 
 def products(
     question: Question,
+    function: FunctionAtStep,
     places: Places,
     split: StepDecomposition,
     names: tuple[str, ...],
@@ -114,8 +126,16 @@ def products(
     """All products of one segment, block by block of test samples.
 
     Args:
-        names: the terms. features: forward-time features ``[entries, *shape]`` in place of the kernel, the last
-            entry being what is not asked for where gradients are restricted. shapes: of the terms.
+        question: the question.
+        function: f where the segment begins.
+        places: of its parameters.
+        split: the segment's update.
+        names: the terms.
+        features: forward-time features ``[entries, *shape]`` in place of the kernel, the last entry being what is not
+            asked for where gradients are restricted.
+        blocks: of test samples.
+        points: of the quadrature, with their weights.
+        shapes: of the terms.
     """
     terms = {n: torch.zeros(shape, dtype=torch.float64) for n, shape in shapes.items()}
     edge = next(iter(shapes.values()))[-2:]
@@ -124,7 +144,7 @@ def products(
     gram: Tensor | None = None
     for block in blocks:
         rows = block if question.keeps("test") else slice(0, 1)
-        phi = feature_map(question, split.theta_before, split.theta, places.names, block, points)
+        phi = feature_map(question, function, split.theta_before, split.theta, places.names, block, points)
         for name, gradient in phi.items():
             flat = gradient.flatten(2)  # [n', J', d]
             exact = flat.double()
@@ -149,7 +169,7 @@ def products(
     rest = torch.zeros(edge, dtype=torch.float64)
     if question.rest is not None:
         outside = question.rest.share({n: u.declared for n, u in split.updates.items()})
-        values = rest_change(question.function, split.theta_before, split.theta, outside, points)
+        values = rest_change(function, split.theta_before, split.theta, outside, points)
         rest = rest + reduced(values, question)
     return Products(terms, others, rest, kernel, gram)
 
@@ -202,7 +222,17 @@ class Reverse(Stepwise):
         points = question.quadrature.points(1)
         small = replace(question, rest=None)
         one = timed(
-            lambda: products(small, probe.places, probe.split, probe.names, features, [slice(0, size)], points, shapes)
+            lambda: products(
+                small,
+                probe.function,
+                probe.places,
+                probe.split,
+                probe.names,
+                features,
+                [slice(0, size)],
+                points,
+                shapes,
+            )
         )
         return one * samples / size
 
@@ -218,7 +248,9 @@ class Reverse(Stepwise):
 
         def evaluate(q: int) -> tuple[Tensor, Products]:
             points = question.quadrature.points(q)
-            found = products(question, places, walked.split, walked.names, tried, blocks, points, summed)
+            found = products(
+                question, walked.function, places, walked.split, walked.names, tried, blocks, points, summed
+            )
             return found.total, found
 
         before, after = (reduced(v, question) for v in (walked.before, walked.after))
@@ -226,7 +258,9 @@ class Reverse(Stepwise):
         best = climbed.best
         if tried is not walked.features:
             points = question.quadrature.points(climbed.nodes)
-            best = products(question, places, walked.split, walked.names, walked.features, blocks, points, shapes)
+            best = products(
+                question, walked.function, places, walked.split, walked.names, walked.features, blocks, points, shapes
+            )
         for name, term in best.terms.items():
             total.terms[name] += term
         total.omitted += best.rest + best.others

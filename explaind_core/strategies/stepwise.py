@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from explaind_core.decomposition import StepDecomposition, UpdateSplit, decompose, term_names
+from explaind_core.derivatives import FunctionAtStep
 from explaind_core.progress import counted
 from explaind_core.questions import (
     Contribution,
@@ -96,6 +97,7 @@ class WalkedSegment:
     """A segment, when the walk has come to its end.
 
     Attributes:
+        function: f with the buffers that the segment begins with: along it, these are held.
         split: its update, of all steps together.
         names: the terms of the update.
         features: of every entry, where gradients are split: parameter name -> ``[entries, *shape]``.
@@ -104,6 +106,7 @@ class WalkedSegment:
         bound: what its residual may be at most.
     """
 
+    function: FunctionAtStep
     split: StepDecomposition
     names: tuple[str, ...]
     features: Features | None
@@ -182,7 +185,13 @@ class Stepwise(Strategy):
             before = following[1] if known and following is not None else finite_values(question, split.theta_before, a)
             # f moves along the segment with the buffers that it began with. What these then add comes at its end.
             after = end = finite_values(question, split.theta, b, buffers=a)
-            rung = self.add(question, places, total, WalkedSegment(split, names, features, before, after, bound), rung)
+            rung = self.add(
+                question,
+                places,
+                total,
+                WalkedSegment(question.function.at(a), split, names, features, before, after, bound),
+                rung,
+            )
             if question.function.moves:
                 end = finite_values(question, split.theta, b)
                 total.statistics += reduced(end - after, question)
@@ -199,7 +208,7 @@ class Stepwise(Strategy):
         del choice
         question, split = probe.question, probe.split
         last, segments = question.steps[-1], len(question.segments)
-        values = timed(lambda: question.function.values(split.theta))
+        values = timed(lambda: probe.function.values(split.theta))
         total = probe.replay * last + values * segments
         samples = 0
         if question.splits_gradients:  # forward-time features are fed from where gradients matter on

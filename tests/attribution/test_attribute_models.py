@@ -208,7 +208,7 @@ def test_what_cannot_be_vectorised_is_differentiated_one_by_one(tmp_path):
     run, inputs = trained(tmp_path / "run", Extension, numbers(4))
     function = Question.ask(run, inputs).function
     tangents = [{n: torch.ones_like(t) * k for n, t in run.theta(1).items()} for k in (1, 2)]
-    once, twice = function.derivatives(run.theta(1), tangents)
+    once, twice = function.at(1).derivatives(run.theta(1), tangents)
     assert not function.vectorized
     torch.testing.assert_close(twice, 2 * once)
 
@@ -273,7 +273,7 @@ def test_the_fused_attention_path_is_switched_back_on(tmp_path):
 
 def test_an_output_that_turns_infinite_is_named(tmp_path):
     run, inputs = trained(tmp_path / "run", partly_frozen, numbers(4))
-    start = Question.ask(run, inputs).function.values(run.theta(0))
+    start = Question.ask(run, inputs).function.at(0).values(run.theta(0))
 
     def diverging(call, inputs):
         values = call(inputs)
