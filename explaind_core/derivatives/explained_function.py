@@ -117,7 +117,7 @@ class ExplainedFunction:
         return self._buffers_at is not None
 
     def at(self, step: int | None = None) -> FunctionAtStep:
-        """The function with the buffers after a step, where these moved; with the given ones otherwise, or without a step.
+        """The function with the buffers after a step, where these moved; without a step, with the given ones.
 
         Args:
             step: s.
