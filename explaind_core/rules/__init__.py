@@ -9,7 +9,8 @@ from explaind_core.rules.filters import FilterState, LinearFilter
 from explaind_core.rules.hookspecs import hookimpl
 from explaind_core.rules.inferred import DECAYS, InferredRule, fitted_by
 from explaind_core.rules.joint import JOINED_BY, OWNER, JointRule, check_joinable, each_optimizer, each_rule, joined
-from explaind_core.rules.operators import LinearOperator, OfReadout, apply_each, as_operator, is_elementwise
+from explaind_core.rules.linear_operator import LinearOperator, as_operator
+from explaind_core.rules.operators import OfReadout, apply_each, is_elementwise
 from explaind_core.rules.registry import RegisteredRule, Registry, default_registry
 from explaind_core.rules.rule import OptimizerState, RecordedStep, StepCoefficients, UpdateRule
 from explaind_core.rules.secant import closed

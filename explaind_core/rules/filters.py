@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from explaind_core.errors import CoefficientError
-from explaind_core.rules.operators import LinearOperator, apply_each, is_symbolic
+from explaind_core.rules.linear_operator import LinearOperator, is_symbolic
+from explaind_core.rules.operators import apply_each
 
 __all__ = ["Coefficient", "FilterState", "LinearFilter"]
 
@@ -62,7 +63,16 @@ class LinearFilter:
     them all have this form. Coefficients are numbers, or operators where an optimizer needs that.
 
     Args:
-        A: k rows of k coefficients. B: k coefficients. C: k coefficients. D: one coefficient.
+        A: k rows of k coefficients.
+        B: k coefficients.
+        C: k coefficients.
+        D: one coefficient.
+
+    Attributes:
+        A: k rows of k coefficients, from states to new states.
+        B: k coefficients, from the input to new states.
+        C: k coefficients, from states to what is read out.
+        D: one coefficient, from the input to what is read out.
 
     Raises:
         CoefficientError: the shapes do not agree, or a number is not finite.
@@ -99,6 +109,10 @@ class LinearFilter:
     def advance(self, state: FilterState, u: Tensor) -> tuple[Tensor, FilterState]:
         """Feed ``u`` to the filter in ``state``; return what it reads out and its next state.
 
+        Args:
+            state: the k states m before this step, each of ``u``'s shape.
+            u: the input of this step.
+
         Example:
             >>> out, state = LinearFilter.ema(0.9).advance((torch.zeros(1),), torch.ones(1))
             >>> out
@@ -111,7 +125,13 @@ class LinearFilter:
         return out, following
 
     def advance_each(self, state: FilterState, u: Tensor, *, read: bool = True) -> tuple[Tensor | None, FilterState]:
-        """:meth:`advance` for a stack ``[R, ...]`` of inputs, each with a state of its own; None if it is not read."""
+        """:meth:`advance` for a stack ``[R, ...]`` of inputs, each with a state of its own; None if it is not read.
+
+        Args:
+            state: the k states before this step, each ``[R, ...]``.
+            u: the inputs of this step, ``[R, ...]``.
+            read: whether the filter is read out.
+        """
         following = tuple(
             _combine_each(zip((*row, b), (*state, u), strict=True), u) for row, b in zip(self.A, self.B, strict=True)
         )
@@ -169,6 +189,9 @@ class LinearFilter:
         """Momentum ``m <- mu m + (1 - dampening) u``, read out as ``m`` or, for Nesterov, as ``u + mu m``.
 
         Args:
+            mu: decay of the buffer.
+            dampening: how much less than ``u`` enters the buffer, as a fraction of it.
+            nesterov: read out ``u + mu m``.
             first: the buffer is just being created, which takes ``u`` undampened.
 
         Example:

@@ -38,11 +38,18 @@ class InferredRule(UpdateRule):
     ``||U_s - P_0 out_s|| / ||U_s||`` over all parameters: for the right momentum it is small.
 
     Args:
-        momentum: mu, of the assumed filter; 0 for none. nesterov: whether it looks ahead.
+        momentum: mu, of the assumed filter; 0 for none.
+        nesterov: whether it looks ahead.
         preconditioner: P_0: ``"identity"`` (a multiple of it) or ``"quotient"`` (elementwise, never negative).
         decay: how the group's ``weight_decay`` acts: ``"none"``, ``"coupled"`` (it enters the filter) or
             ``"decoupled"`` (``rho = lr weight_decay``).
-        bound: the largest correction of a step that is accepted. force: accept any.
+        bound: the largest correction of a step that is accepted.
+        force: accept any.
+
+    Attributes:
+        nesterov: whether that filter looks ahead.
+        bound: the largest correction of a step that is accepted, as a fraction of the update.
+        force: accept any correction.
 
     Raises:
         CoefficientError: an argument is out of range.
@@ -86,7 +93,11 @@ class InferredRule(UpdateRule):
         return asdict(self)
 
     def coefficients(self, step: RecordedStep) -> StepCoefficients:
-        """The assumed filter; P_0 is fitted, and closed, by the engine."""
+        """The assumed filter; P_0 is fitted, and closed, by the engine.
+
+        Raises:
+            InferenceError: the parameter is in half precision, and ``force`` is not set.
+        """
         if step.dtype in (torch.bfloat16, torch.float16) and not self.force:
             raise InferenceError(
                 "parameters in half precision cannot be explained by an inferred rule: rounding decides their updates",
@@ -107,6 +118,10 @@ class InferredRule(UpdateRule):
 
     def check_correction(self, correction: float, step: int) -> None:
         """Refuse a step whose correction is above the bound, unless forced.
+
+        Args:
+            correction: ``||what secants added|| / ||update||`` over all parameters of the step.
+            step: s, for the error.
 
         Raises:
             InferenceError: naming the step, its correction and the bound.

@@ -57,6 +57,9 @@ class JointRule(UpdateRule):
 def each_optimizer(optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
     """One optimizer or several, as a list.
 
+    Args:
+        optimizer: one, or a list of different ones.
+
     Raises:
         RecordingError: none is given, or something else, or one of them twice.
     """
@@ -74,6 +77,10 @@ def each_optimizer(optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optim
 
 def each_rule(rule: UpdateRule | Sequence[UpdateRule | None] | None, count: int) -> list[UpdateRule | None]:
     """The rules that were given, one for each of ``count`` optimizers; None stands for the registered one.
+
+    Args:
+        rule: one for the only optimizer, a :class:`JointRule`, a list with one entry an optimizer, or None.
+        count: how many optimizers there are.
 
     Raises:
         RecordingError: there are several optimizers and not one entry for each.
@@ -96,6 +103,10 @@ def each_rule(rule: UpdateRule | Sequence[UpdateRule | None] | None, count: int)
 
 def check_joinable(optimizers: Sequence[torch.optim.Optimizer], rules: Sequence[UpdateRule]) -> None:
     """Refuse optimizers that are recorded alone only.
+
+    Args:
+        optimizers: those that are recorded together.
+        rules: the rule of each.
 
     Raises:
         UnsupportedOptionError: naming the first of them, and why.

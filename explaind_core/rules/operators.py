@@ -1,22 +1,27 @@
 """Linear operators on one parameter tensor: what a preconditioner P_s or a frozen factor E_s is.
 
-An operator maps a tensor of a parameter's shape to a tensor of that shape. It is *frozen*: it may have
-been computed from any data, but it is taken as given, so it is linear in what it is applied to. Every
-operator has an adjoint with respect to ``<x, y> = sum(x * y)``, and a dense matrix to be checked against.
-
-Operators compose with ``@`` (``(P @ E).apply(x) == P.apply(E.apply(x))``), add with ``+`` and scale with ``*``.
+What an operator is, and how operators compose, says :mod:`explaind_core.rules.linear_operator`; here are the kinds
+that optimizers need, beside those that are made of others.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from explaind_core.errors import CoefficientError
+from explaind_core.rules.linear_operator import (
+    Composition,
+    LinearOperator,
+    Scalar,
+    Sum,
+    as_operator,
+    is_symbolic,
+    require,
+)
 
 __all__ = [
     "Composition",
@@ -36,78 +41,6 @@ __all__ = [
 ]
 
 
-class LinearOperator(ABC):
-    """A linear map from tensors of one shape to tensors of the same shape."""
-
-    @abstractmethod
-    def apply(self, x: Tensor) -> Tensor:
-        """The image of ``x``, a tensor of ``x``'s shape."""
-
-    @property
-    @abstractmethod
-    def adjoint(self) -> LinearOperator:
-        """The operator A' with ``<A x, y> == <x, A' y>`` for all x and y."""
-
-    def dense(self, shape: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
-        """The matrix ``[D, D]`` that acts on flattened tensors of ``shape`` (D elements).
-
-        Slow on purpose: one application per basis vector. For tests and small tensors.
-
-        Example:
-            >>> Scalar(2.0).dense((2,))
-            tensor([[2., 0.],
-                    [0., 2.]], dtype=torch.float64)
-        """
-        size = torch.Size(shape)
-        basis = torch.eye(size.numel(), dtype=dtype)
-        return torch.stack([self.apply(column.reshape(size)).reshape(-1) for column in basis], dim=1)
-
-    def __matmul__(self, other: LinearOperator) -> LinearOperator:
-        return Composition((self, other))
-
-    def __add__(self, other: LinearOperator) -> LinearOperator:
-        return Sum((self, other))
-
-    def __mul__(self, factor: float) -> LinearOperator:
-        return Composition((Scalar(factor), self))
-
-    __rmul__ = __mul__
-
-
-def is_symbolic(value: object) -> bool:
-    """Whether ``value`` is an expression of symbols, as in :mod:`explaind_core.symbolic`, and no number.
-
-    Example:
-        >>> is_symbolic(0.1)
-        False
-    """
-    return hasattr(value, "free_symbols")  # sympy's own attribute, and nobody else's: sympy need not be imported
-
-
-def _require(condition: bool, what: str, expected: object, got: object) -> None:
-    if not condition:
-        raise CoefficientError(what, expected=expected, got=got, remedy="correct the operator that the rule declares")
-
-
-@dataclass(frozen=True)
-class Scalar(LinearOperator):
-    """``x -> factor * x``.
-
-    Example:
-        >>> Scalar(0.5).apply(torch.tensor([2.0]))
-        tensor([1.])
-    """
-
-    factor: float
-
-    def apply(self, x: Tensor) -> Tensor:  # noqa: D102
-        return x if not is_symbolic(self.factor) and self.factor == 1 else x * self.factor
-
-    @property
-    def adjoint(self) -> LinearOperator:  # noqa: D102
-        return self
-
-
 @dataclass(frozen=True, eq=False)
 class Diagonal(LinearOperator):
     """``x -> weight * x``, elementwise; ``weight`` broadcasts to the parameter's shape.
@@ -122,9 +55,7 @@ class Diagonal(LinearOperator):
     def apply(self, x: Tensor) -> Tensor:  # noqa: D102
         shape, weight = x.shape, self.weight.shape
         fits = len(weight) <= len(shape) and all(w in (1, n) for w, n in zip(weight[::-1], shape[::-1], strict=False))
-        _require(
-            fits, "a Diagonal does not fit its tensor", f"a shape that broadcasts to {tuple(shape)}", tuple(weight)
-        )
+        require(fits, "a Diagonal does not fit its tensor", f"a shape that broadcasts to {tuple(shape)}", tuple(weight))
         return x * self.weight
 
     @property
@@ -134,13 +65,13 @@ class Diagonal(LinearOperator):
 
 def _check_square(matrix: Tensor, name: str) -> None:
     square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
-    _require(square, f"{name} needs a square matrix", "[n, n]", tuple(matrix.shape))
+    require(square, f"{name} needs a square matrix", "[n, n]", tuple(matrix.shape))
 
 
 def _multiply(matrix: Tensor, x: Tensor, axis: int) -> Tensor:
     """``matrix`` times the fibres of ``x`` along ``axis``."""
     n = matrix.shape[0]
-    _require(
+    require(
         -x.ndim <= axis < x.ndim and x.shape[axis] == n,
         f"a {n} x {n} matrix does not fit axis {axis} of its tensor",
         f"a tensor with {n} entries along axis {axis}",
@@ -201,6 +132,10 @@ class Rotated(LinearOperator):
     ``forth`` multiplies axis a by ``rotations[a].T`` and ``back`` by ``rotations[a]``, for every axis that
     has a matrix (None leaves an axis alone). With orthogonal matrices this is ``Q [inner] Q^T``.
 
+    Attributes:
+        inner: what acts in rotated coordinates.
+        rotations: one entry an axis: a square matrix, or None.
+
     Example:
         >>> quarter = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
         >>> Rotated(Diagonal(torch.tensor([3.0, 5.0])), (quarter,)).apply(torch.ones(2))
@@ -216,7 +151,7 @@ class Rotated(LinearOperator):
                 _check_square(matrix, "Rotated")
 
     def apply(self, x: Tensor) -> Tensor:  # noqa: D102
-        _require(
+        require(
             len(self.rotations) == x.ndim, "Rotated needs one entry per axis", f"{x.ndim} entries", len(self.rotations)
         )
         for axis, matrix in enumerate(self.rotations):
@@ -237,6 +172,10 @@ class Rotated(LinearOperator):
 class RankOne(LinearOperator):
     """``x -> left * <right, x>``, the outer product of two tensors of the parameter's shape.
 
+    Attributes:
+        left: what the image is a multiple of.
+        right: what the argument is multiplied with and summed over; of ``left``'s shape.
+
     Example:
         >>> RankOne(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])).apply(torch.tensor([3.0, 4.0]))
         tensor([ 7., 14.])
@@ -247,11 +186,11 @@ class RankOne(LinearOperator):
 
     def __post_init__(self) -> None:
         same = self.left.shape == self.right.shape
-        _require(same, "RankOne needs two tensors of one shape", tuple(self.left.shape), tuple(self.right.shape))
+        require(same, "RankOne needs two tensors of one shape", tuple(self.left.shape), tuple(self.right.shape))
 
     def apply(self, x: Tensor) -> Tensor:  # noqa: D102
         fits = x.shape == self.left.shape
-        _require(fits, "a RankOne does not fit its tensor", tuple(self.left.shape), tuple(x.shape))
+        require(fits, "a RankOne does not fit its tensor", tuple(self.left.shape), tuple(x.shape))
         return self.left * (self.right * x).sum()
 
     @property
@@ -260,57 +199,14 @@ class RankOne(LinearOperator):
 
 
 @dataclass(frozen=True, eq=False)
-class Composition(LinearOperator):
-    """``x -> factors[0](factors[1](... x))``: the rightmost acts first, as in a product of matrices.
-
-    Example:
-        >>> Composition((Scalar(2.0), Scalar(3.0))).apply(torch.tensor(1.0))
-        tensor(6.)
-    """
-
-    factors: tuple[LinearOperator, ...]
-
-    def apply(self, x: Tensor) -> Tensor:  # noqa: D102
-        for factor in reversed(self.factors):
-            x = factor.apply(x)
-        return x
-
-    @property
-    def adjoint(self) -> LinearOperator:  # noqa: D102
-        return Composition(tuple(factor.adjoint for factor in reversed(self.factors)))
-
-
-@dataclass(frozen=True, eq=False)
-class Sum(LinearOperator):
-    """``x -> sum of terms[k](x)``; at least one term.
-
-    Example:
-        >>> Sum((Scalar(2.0), Scalar(3.0))).apply(torch.tensor(1.0))
-        tensor(5.)
-    """
-
-    terms: tuple[LinearOperator, ...]
-
-    def __post_init__(self) -> None:
-        _require(len(self.terms) > 0, "Sum needs at least one term", ">= 1 term", 0)
-
-    def apply(self, x: Tensor) -> Tensor:  # noqa: D102
-        total = self.terms[0].apply(x)
-        for term in self.terms[1:]:
-            total = total + term.apply(x)
-        return total
-
-    @property
-    def adjoint(self) -> LinearOperator:  # noqa: D102
-        return Sum(tuple(term.adjoint for term in self.terms))
-
-
-@dataclass(frozen=True, eq=False)
 class OfReadout(LinearOperator):
     """A preconditioner that is made from what the filter reads out, ``out_s``: ``lr sign(out) = (lr / |out|) out``.
 
     The engine calls ``make(out)`` and freezes the result. Made from the optimizer's own buffer instead, which rounds
     otherwise, 1 / |out| would blow that rounding up.
+
+    Attributes:
+        make: ``out_s`` -> the operator that is applied to it.
 
     Example:
         >>> OfReadout(lambda out: Diagonal(1 / out.abs())).make(torch.tensor([-2.0])).apply(torch.tensor([-2.0]))
@@ -333,6 +229,10 @@ class OfReadout(LinearOperator):
 
 def apply_each(operator: LinearOperator, x: Tensor) -> Tensor:
     """``operator`` applied to every tensor of a stack ``[R, ...]``, in float64, returned in the stack's dtype.
+
+    Args:
+        operator: for tensors of the shape ``...``.
+        x: the stack.
 
     Example:
         >>> apply_each(Diagonal(torch.tensor([1.0, 2.0])), torch.ones(2, 2))
@@ -369,29 +269,3 @@ def is_elementwise(operator: LinearOperator | float) -> bool:
     if isinstance(operator, Sum):
         return all(map(is_elementwise, operator.terms))
     return isinstance(operator, Scalar | Diagonal) or not isinstance(operator, LinearOperator)
-
-
-def as_operator(value: LinearOperator | float | Tensor, what: str) -> LinearOperator:
-    """``value`` as an operator: numbers (and tensors with one element and no axis) become :class:`Scalar`.
-
-    Raises:
-        CoefficientError: ``value`` is a tensor with axes (say ``Diagonal(value)``), or no number at all.
-
-    Example:
-        >>> as_operator(0.1, "preconditioner")
-        Scalar(factor=0.1)
-    """
-    if isinstance(value, LinearOperator):
-        return value
-    if isinstance(value, Tensor) and value.ndim > 0:
-        raise CoefficientError(
-            f"{what} is a bare tensor of shape {tuple(value.shape)}",
-            expected="a number or a LinearOperator",
-            remedy="say what it does: operators.Diagonal(tensor) multiplies elementwise",
-        )
-    try:
-        return Scalar(value if is_symbolic(value) else float(value))  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise CoefficientError(
-            f"{what} is not an operator", expected="a number or a LinearOperator", got=type(value).__name__
-        ) from None

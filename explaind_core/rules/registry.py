@@ -24,7 +24,10 @@ class RegisteredRule:
     """A rule and where it comes from.
 
     Attributes:
-        rule: the rule. plugin: the name of its plugin. package, version: the distribution that brought it.
+        rule: the rule itself.
+        plugin: the name of its plugin.
+        package: the distribution that brought it.
+        version: of that distribution.
     """
 
     rule: UpdateRule
@@ -75,6 +78,12 @@ class Registry:
         self, plugin: object, *, name: str | None = None, package: str = "registered by hand", version: str = "-"
     ) -> None:
         """Add a plugin: a module or object with functions marked ``@explaind.hookimpl``.
+
+        Args:
+            plugin: the module or object.
+            name: what it is called in errors; its own name by default.
+            package: the distribution that it comes from.
+            version: of that distribution.
 
         Raises:
             PluginError: it implements a hook that does not exist, implements none, or is already registered.

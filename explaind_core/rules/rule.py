@@ -24,7 +24,7 @@ from torch import Tensor
 from explaind_core.errors import CoefficientError, UnsupportedOptionError
 from explaind_core.naming import qualified_name
 from explaind_core.rules.filters import LinearFilter, _is_finite
-from explaind_core.rules.operators import LinearOperator, Scalar, as_operator
+from explaind_core.rules.linear_operator import LinearOperator, Scalar, as_operator
 
 __all__ = ["OptimizerState", "RecordedStep", "StepCoefficients", "UpdateRule"]
 
@@ -65,6 +65,11 @@ class StepCoefficients:
 class OptimizerState(Mapping[str, Any]):
     """Read-only state of one parameter in the optimizer; a missing entry is an error that says what there is.
 
+    Args:
+        parameter: the parameter's name, for the error.
+        entries: its entries in the optimizer's state.
+        kind: what they are, for the error.
+
     Example:
         >>> OptimizerState("weight", {"step": 3})["step"]
         3
@@ -103,14 +108,17 @@ class RecordedStep:
     """What a rule may look at: one step of one parameter tensor. Tensors are float64.
 
     Attributes:
-        name: the parameter's name. step: s, counted from 1. clock: t, this PARAMETER's own steps so far, this
-            one included (a parameter without gradient does not tick).
-        hyper: its group's hyper-parameters as they stood before the step. hyper_after: after it; some optimizers
-            keep counters and estimates of their own there.
-        theta: theta_{s-1}, where the gradient was taken. gradient: g_s as it was fed. displacement: the observed
-            theta_s - theta_{s-1}.
-        before, after: its entry in the optimizer's state, before and after the step.
+        name: the parameter's name.
+        step: s, counted from 1.
+        clock: t, this PARAMETER's own steps so far, this one included (a parameter without gradient does not tick).
+        hyper: its group's hyper-parameters as they stood before the step.
+        theta: theta_{s-1}, where the gradient was taken.
+        gradient: g_s as it was fed.
+        displacement: the observed theta_s - theta_{s-1}.
+        before: its entry in the optimizer's state before the step.
+        after: its entry there after the step.
         dtype: what the optimizer computed in.
+        hyper_after: after it; some optimizers keep counters and estimates of their own there.
         mask: for a sparse gradient, 1 where it stores a value (an explicit zero too) and 0 elsewhere; None for a
             dense one.
         point: ``"gradient"``: theta is where gradients are taken. ``"evaluated"``: the displacement is that of the
@@ -200,15 +208,22 @@ class UpdateRule(ABC):
         return NotImplemented
 
     def alpha(self, s: Any, i: Any, hyper: Mapping[str, Any]) -> Any:  # noqa: ARG002
-        """The step learning rate ``alpha_{s,i}`` for i <= s, in closed form, at constant hyper-parameters."""
+        """The step learning rate ``alpha_{s,i}`` for i <= s, in closed form, at constant hyper-parameters.
+
+        Args:
+            s: the step whose update is read.
+            i: the step whose gradient is in it.
+            hyper: the group's hyper-parameters, the same at every step.
+        """
         return NotImplemented
 
     def evaluated(self, theta: Tensor, state: Mapping[str, Any], hyper: Mapping[str, Any]) -> Tensor:  # noqa: ARG002
         """Where the model is evaluated when one parameter's gradients are taken at ``theta``: there, by default.
 
         Args:
-            theta: the parameter in training, in its own dtype. state: its optimizer state at that moment. hyper: its
-                group's hyper-parameters.
+            theta: the parameter in training, in its own dtype.
+            state: its optimizer state at that moment.
+            hyper: its group's hyper-parameters.
         """
         return theta
 
@@ -223,13 +238,18 @@ class UpdateRule(ABC):
         """Hyper-parameters under which one call of ``step(closure)`` makes one iteration (see :meth:`iterations`).
 
         Args:
-            hyper: the group's own. evaluations: of the closure, by the whole call so far, that at the present
-                point included.
+            hyper: the hyper-parameters of the group.
+            evaluations: how often the whole call has evaluated the closure so far, at the present point included.
         """
         return {}
 
     def check_correction(self, correction: float, step: int) -> None:  # noqa: B027
-        """Refuse a step whose secant is too large to be trusted; a declared rule refuses none."""
+        """Refuse a step whose secant is too large to be trusted; a declared rule refuses none.
+
+        Args:
+            correction: ``||what secants added|| / ||update||`` over all parameters of the step.
+            step: s, for the error.
+        """
 
     def settings(self) -> dict[str, Any]:
         """What the rule was made with, to be made again when a run is opened; nothing for most."""
@@ -247,7 +267,8 @@ class UpdateRule(ABC):
         """Make one step in replay, gradients being set.
 
         Args:
-            optimizer: rebuilt. outside: parameter -> the recorded entries of ``outside`` that this step changed.
+            optimizer: the rebuilt optimizer.
+            outside: parameter -> the recorded entries of ``outside`` that this step changed.
         """
         optimizer.step()
 

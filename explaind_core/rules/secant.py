@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from explaind_core.errors import CoefficientError
-from explaind_core.rules.operators import Diagonal, LinearOperator, RankOne, Scalar
+from explaind_core.rules.linear_operator import LinearOperator, Scalar
+from explaind_core.rules.operators import Diagonal, RankOne
 
 __all__ = ["Fitted", "closed"]
 
@@ -21,6 +22,9 @@ class Fitted(LinearOperator):
 
     ``"identity"``: the multiple of the identity nearest to the update, ``<U, out> / <out, out>``. ``"quotient"``: the
     elementwise ``U / out``, 0 where it is negative or infinite, for no plausible preconditioner is.
+
+    Attributes:
+        kind: ``"identity"`` or ``"quotient"``.
     """
 
     kind: str
@@ -33,6 +37,10 @@ class Fitted(LinearOperator):
 
     def fit(self, out: Tensor, update: Tensor) -> LinearOperator:
         """The operator that maps ``out`` nearly to ``update``.
+
+        Args:
+            out: what the filter read out.
+            update: the observed U, of ``out``'s shape.
 
         Example:
             >>> Fitted("quotient").fit(torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.5, 1.0, -1.0])).weight
@@ -64,7 +72,8 @@ def closed(preconditioner: LinearOperator, out: Tensor, update: Tensor) -> tuple
     Where ``out`` is zero no operator maps it to an update: P_0 stays, and what it misses remains an error.
 
     Args:
-        preconditioner: P_0, plausible; a :class:`Fitted` one is fitted here. out: what the filter read out.
+        preconditioner: P_0, plausible; a :class:`Fitted` one is fitted here.
+        out: what the filter read out.
         update: U, the observed ``-(theta_s - theta_{s-1}) - rho_s theta_{s-1}``.
 
     Example:

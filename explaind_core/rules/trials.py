@@ -45,12 +45,16 @@ class Trials:
         hyper: constructor option -> hypothesis strategy; under a key that starts with ``*``, a strategy of
             dictionaries, for options that are drawn together.
         scheduled: hyper-parameter -> strategy, for values set anew in a group before a step, and for a second group.
-        shapes: of the parameters. presence: which kinds of gradient occur (see :class:`~explaind_core.testing.Case`).
-        groups: how many parameter groups, 1 or 2. closure: train by ``step(closure)``.
+        shapes: of the parameters, a tuple for each.
+        presence: which kinds of gradient occur (see :class:`~explaind_core.testing.Case`).
+        groups: how many parameter groups, 1 or 2.
+        closure: whether training goes by ``step(closure)``.
         point: ``"evaluated"`` for the point where the model is evaluated.
-        tolerance: of one step in float64. name: what is special about this family.
-        untested: options that are left at their default values. may_refuse: whether the optimizer's constructor may
-            refuse drawn combinations with a ValueError, which are then counted and left out.
+        tolerance: the largest error of one step in float64, relative to what is compared.
+        name: what is special about this family; empty for the plain one.
+        untested: options that are left at their default values.
+        may_refuse: whether the optimizer's constructor may refuse drawn combinations with a ValueError, which are then
+            counted and left out.
     """
 
     make_optimizer: MakeOptimizer
