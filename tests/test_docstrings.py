@@ -19,8 +19,6 @@ NOT_YET = (
     "explaind_core/scores",
     "explaind_core/derivatives/explained_function.py",
     # --
-    "explaind_core/decomposition",
-    "explaind_core/derivatives",
     "explaind_core/training_step",
     "explaind_core/recording",
     "explaind_core/integrations",

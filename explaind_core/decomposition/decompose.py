@@ -44,8 +44,10 @@ class StepDecomposition:
     """The split update of one step, by parameter name.
 
     Attributes:
-        step: s. updates: parameter name -> :class:`UpdateSplit`.
-        theta_before, theta: the recorded theta_{s-1} and theta_s.
+        step: s, counted from 1.
+        updates: parameter name -> :class:`UpdateSplit`.
+        theta_before: the recorded theta_{s-1}.
+        theta: the recorded theta_s.
         error: ``||declared - displacement|| / ||displacement||`` over all parameters (2-norms; 0 where both are 0).
         rounding: ``eps ||theta_s|| / ||displacement||``: what rounding theta_s to its dtype can cost, in the same unit.
         drift: largest difference between the replayed and the recorded theta_s.
@@ -74,9 +76,15 @@ def decompose(run: Run, *, first: int = 1, last: int | None = None) -> Iterator[
     The optimizer is replayed, and the filters run, from the start of the recording in any case, so a late
     step costs a pass over the gradients before it.
 
+    Args:
+        run: the recorded run.
+        first: the first step to return.
+        last: the last step to return, the run's last by default.
+
     Raises:
         InferenceError: the rule is inferred and a step's correction above its bound.
-        StoreError: the run cannot be replayed here. CoefficientError: the rule's declaration is malformed.
+        StoreError: the run cannot be replayed here.
+        CoefficientError: the rule's declaration is malformed.
         RecordingError: recording began with a used optimizer whose filter states the rule does not name.
 
     Example:
@@ -104,7 +112,12 @@ class Decomposer:
         self._memories: dict[str, ParameterFilter] = {}
 
     def steps(self, *, start: int = 0, until: int) -> Iterator[StepDecomposition]:
-        """The steps ``start + 1 .. until``; the state after ``start`` must be the present one."""
+        """The steps ``start + 1 .. until``; the state after ``start`` must be the present one.
+
+        Args:
+            start: where the present state stands, 0 for the beginning.
+            until: the last step.
+        """
         rule = self._rule
         for replayed in self._replay.steps(start=start, until=until):
             penalties = penalty_gradients(self._run, replayed)

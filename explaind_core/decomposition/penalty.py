@@ -19,6 +19,10 @@ Penalty = Callable[[Mapping[str, Tensor]], Tensor]
 def penalty_gradients(run: Run, replayed: ReplayedStep) -> dict[str, Tensor] | None:
     """``c d penalty / d theta``, where the step's gradient was taken, c being the clip coefficient that was told.
 
+    Args:
+        run: the run, which knows the penalty.
+        replayed: the step.
+
     Returns:
         The gradients of the parameters that were fed one, in the run's dtype. None for a run without a penalty.
 

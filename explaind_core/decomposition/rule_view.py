@@ -20,7 +20,13 @@ FLAT = "(all parameters)"
 
 
 def recorded_step(replayed: ReplayedStep, name: str, clock: int) -> RecordedStep:
-    """What a rule is shown of one parameter's step; ``clock`` is the parameter's own count, this step included."""
+    """What a rule is shown of one parameter's step; ``clock`` is the parameter's own count, this step included.
+
+    Args:
+        replayed: the step.
+        name: the parameter.
+        clock: the parameter's own count of steps, this one included.
+    """
     gradient = replayed.gradients[name]
     point = replayed.theta_before if replayed.gradient_point is None else replayed.gradient_point
     return RecordedStep(
@@ -62,6 +68,11 @@ def flat_step(replayed: ReplayedStep, names: Sequence[str], clock: int) -> Recor
 
     Hyper-parameters are those of the first one; optimizer states are merged, the first parameter's entries winning
     (optimizers that treat all tensors as one keep their state with the first).
+
+    Args:
+        replayed: the step.
+        names: the parameters, in the order in which they are joined.
+        clock: their common count of steps, this one included.
     """
 
     def joined(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -92,6 +103,12 @@ def flat_step(replayed: ReplayedStep, names: Sequence[str], clock: int) -> Recor
 
 
 def split_flat(vector: Tensor, like: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-    """The inverse of joining: a vector over all parameters, by parameter."""
+    """The inverse of joining: a vector over all parameters, by parameter.
+
+    Args:
+        vector: over all parameters, 1-d.
+        like: tensors that have the parameters' shapes.
+        names: the parameters, in the order in which they were joined.
+    """
     pieces = torch.split(vector, [like[name].numel() for name in names])
     return {name: piece.reshape(like[name].shape) for name, piece in zip(names, pieces, strict=True)}

@@ -21,10 +21,15 @@ __all__ = ["ParameterFilter", "UpdateSplit", "by_parameter", "relative_correctio
 class UpdateSplit:
     """One parameter's update in float64; each part is what is ADDED to theta.
 
-    ``prehistory`` and ``penalty`` are None where zero.
-
-    ``missed`` is what a secant had to add to the preconditioner's update, ``moved`` the update's own size (2-norms,
-    0 for a rule that needs no secant).
+    Attributes:
+        kernel: what gradients moved.
+        regularization: what weight decay moved.
+        prehistory: what the optimizer's state at the start of the recording moved; None where zero.
+        displacement: the observed theta_s - theta_{s-1}.
+        missed: the 2-norm of what a secant had to add to the preconditioner's update; 0 for a rule that needs no
+            secant.
+        moved: the 2-norm of that update; 0 for a rule that needs no secant.
+        penalty: what a penalty's gradient moved; None where zero.
     """
 
     kernel: Tensor
@@ -45,7 +50,14 @@ class UpdateSplit:
 
 
 class ParameterFilter:
-    """The four filter states of one parameter, and its clock."""
+    """The four filter states of one parameter, and its clock.
+
+    Args:
+        name: the parameter's name.
+        rule: what speaks for it.
+        state: its entries in the optimizer's state where recording began.
+        shape: of the parameter.
+    """
 
     def __init__(self, name: str, rule: UpdateRule, state: Mapping[str, object], shape: torch.Size) -> None:
         self.name, self.shape = name, shape
@@ -64,7 +76,12 @@ class ParameterFilter:
             self.prehistory = tuple(_initial(state.get(key), shape) for key in rule.filter_states)
 
     def advance(self, split: _Inputs, coefficients: LinearFilter) -> tuple[Tensor, dict[str, Tensor]]:
-        """Feed one step; what the filter reads out of gradients, and of the other parts that are not zero."""
+        """Feed one step; what the filter reads out of gradients, and of the other parts that are not zero.
+
+        Args:
+            split: the inputs of the filter, by the part of the update that each belongs to.
+            coefficients: (A, B, C, D) of this step.
+        """
         if self.used and coefficients.order and not self.named:
             raise RecordingError(
                 "recording began with a used optimizer, and its rule does not say which state is the filter's",
@@ -113,7 +130,11 @@ def split_update(
 ) -> tuple[UpdateSplit, StepCoefficients]:
     """Split one parameter's update by the rule's coefficients, advancing its filter ``memory``.
 
-    ``penalty`` is what a penalty's gradient is in the fed one.
+    Args:
+        rule: what speaks for the parameter.
+        recorded: what it is shown of the step.
+        memory: the parameter's filter, which is advanced.
+        penalty: what a penalty's gradient is in the fed one, of the parameter's shape; None for zero.
     """
     declared = rule.coefficients(recorded)
     if not isinstance(declared, StepCoefficients):
@@ -171,9 +192,13 @@ def split_step(
 ) -> dict[str, tuple[UpdateSplit, StepCoefficients, RecordedStep]]:
     """Split the updates of all parameters that step s updates; ``memories`` are advanced, and made where missing.
 
-    ``penalties`` are the gradients of a penalty, by parameter name.
-
     For a ``flat`` rule there is one entry, over all of them: see :func:`by_parameter`.
+
+    Args:
+        rule: of the run.
+        replayed: the step.
+        memories: parameter name -> its filter; they are advanced, and made where missing.
+        penalties: parameter name -> the gradient of a penalty; None where the loss has none.
     """
     if rule.flat:
         names, shown = list(replayed.hyper), [FLAT]
@@ -211,7 +236,13 @@ def _by_member(rule: UpdateRule, replayed: ReplayedStep, names: Iterable[str]) -
 
 
 def by_parameter(rule: UpdateRule, replayed: ReplayedStep, splits: Mapping[str, UpdateSplit]) -> dict[str, UpdateSplit]:
-    """The splits of :func:`split_step` by parameter name, for a ``flat`` rule too."""
+    """The splits of :func:`split_step` by parameter name, for a ``flat`` rule too.
+
+    Args:
+        rule: of the run.
+        replayed: the step.
+        splits: by parameter name, or one entry ``FLAT``.
+    """
     if not rule.flat:
         return dict(splits)
     whole, names = splits[FLAT], list(replayed.hyper)

@@ -26,7 +26,9 @@ class Tape:
     """The steps 1..last of a run, to be walked through backwards, more than once if need be.
 
     Args:
-        run: the run. last: the step to start from. segment: steps held at a time; about sqrt(last) by default.
+        run: the recorded run.
+        last: the step to start from.
+        segment: steps held at a time; about sqrt(last) by default.
         seen: called with every step in the pass forwards, in order (a progress bar).
 
     Example:

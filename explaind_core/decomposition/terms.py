@@ -25,7 +25,12 @@ def term_names(run: Run) -> tuple[str, ...]:
 
 
 def updates_of(split: StepDecomposition, names: Sequence[str]) -> dict[str, Updates]:
-    """Term -> parameter name -> its share of the step's update; where it is zero, a name is left out."""
+    """Term -> parameter name -> its share of the step's update; where it is zero, a name is left out.
+
+    Args:
+        split: the step.
+        names: the terms that are asked for (see :func:`term_names`).
+    """
     return {
         name: {n: getattr(u, name) for n, u in split.updates.items() if getattr(u, name) is not None} for name in names
     }

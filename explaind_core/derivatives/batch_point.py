@@ -34,16 +34,18 @@ class BatchPoint:
 
     Args:
         model: the architecture, in the mode that it was trained in.
-        loss: 0-d, or one number per sample (their mean is meant). micro: the micro-batch.
+        loss: returns 0-d, or one number per sample (their mean is meant).
+        micro: the micro-batch.
         state: all parameters and buffers.
         start: where its samples begin in the batch.
-
         loss_in_autocast: whether the loss, too, was computed under the autocast that the model ran in.
 
     Attributes:
-        used: which tensors of the output the loss depends on. cotangents: of these, ``[n, ...]`` each.
+        used: which tensors of the output the loss depends on.
+        cotangents: the loss's derivatives with respect to these, ``[n, ...]`` each.
         activation: how many numbers a sample has in the largest output of a module.
-        together: whether samples cannot be passed through the model without the others. coarse: whether under autocast.
+        together: whether samples cannot be passed through the model without the others.
+        coarse: whether the model ran under autocast.
 
     Raises:
         RecordingError: an output that the loss depends on has no row per sample, or the model draws random numbers and
@@ -168,6 +170,10 @@ class BatchPoint:
         """The used outputs of the samples ``rows``, the parameters that are not given held constant.
 
         Samples that go together are all passed through the model, whichever rows are asked for.
+
+        Args:
+            parameters: those that the outputs are a function of, by name.
+            rows: which samples.
         """
         if self.n == (rows.stop - rows.start if isinstance(rows, slice) else -1):
             return self._used(self._run(parameters, self.inputs))
@@ -181,7 +187,12 @@ class BatchPoint:
         return tuple(t[rows] for t in trees.leaves(self.inputs) if self._per_sample(t))
 
     def sample_outputs(self, parameters: Mapping[str, Tensor], sample: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The used outputs of one sample, ``[1, ...]`` each."""
+        """The used outputs of one sample, ``[1, ...]`` each.
+
+        Args:
+            parameters: those that the outputs are a function of, by name.
+            sample: its inputs, one element of :meth:`sample_inputs`.
+        """
         given = iter(sample)
         taken = trees.map_tensors(lambda t: next(given).unsqueeze(0) if self._per_sample(t) else t, self.inputs)
         return self._used(self._run(parameters, taken))

@@ -33,9 +33,12 @@ def fit_factor(
     asked for. If c is then not determined by the gradients, the declared factor is used where it fits.
 
     Args:
-        fed: what the optimizer was fed; a name without a gradient is left out. total: the samples' sum.
-        noise: the size of the rounding error of each tensor of ``total``. step: for the error.
-        declared: what the factor should be. limit: the largest entry of ``fed``, where entries were clipped.
+        fed: parameter name -> what the optimizer was fed; a name without a gradient is left out.
+        total: parameter name -> the sum of the samples' gradients.
+        noise: called where it is needed; the size of the rounding error of each tensor of ``total``.
+        step: s, for the error.
+        declared: what the factor should be.
+        limit: the largest entry of ``fed``, where entries were clipped; None where they were not.
 
     Raises:
         RecordingError: there is no such factor.
@@ -106,6 +109,12 @@ def nearest_factor(
     fed: Mapping[str, Tensor], total: Mapping[str, Tensor], *, declared: float = 1.0, limit: float | None = None
 ) -> float:
     """The factor c that makes ``c total`` most like ``fed``, by least squares, whether it fits or not.
+
+    Args:
+        fed: parameter name -> what the optimizer was fed.
+        total: parameter name -> the sum of the samples' gradients.
+        declared: what the factor is where every entry was clipped.
+        limit: the largest entry of ``fed``, where entries were clipped; None where they were not.
 
     Example:
         >>> nearest_factor({"w": torch.tensor([1.0, 3.0])}, {"w": torch.tensor([1.0, 1.0])})

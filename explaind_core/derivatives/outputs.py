@@ -31,7 +31,12 @@ class Output(ABC):
     def values(self, model: nn.Module, call: ModelCall, inputs: Any, rows: Rows) -> Any:
         """``[n, ...]`` for the test samples ``rows``, whose inputs are ``inputs``.
 
-        ``rows`` picks what belongs to them, ``targets[rows]``; it is a slice, or row numbers that only vmap knows.
+        Args:
+            model: the model, for what is inside of it.
+            call: ``call(inputs)`` runs it.
+            inputs: those of the test samples ``rows``.
+            rows: which of all test samples they are: picks what belongs to them, ``targets[rows]``; a slice, or row
+                numbers that only vmap knows.
         """
 
     def check(self, model: nn.Module, samples: int) -> None:  # noqa: B027 (nothing to check, by default)
@@ -221,6 +226,10 @@ class Function(Output):
 def as_output(output: Output | Callable[[ModelCall, Any], Any] | None, loss: LossFunction | None) -> Output:
     """``output`` as an :class:`Output`: None is the model's outputs, a callable a :class:`Function`.
 
+    Args:
+        output: None, a callable, or an :class:`Output`.
+        loss: that of the run, if it is known.
+
     Raises:
         QuestionError: a Loss without a function for a run whose loss is not known; or no output at all.
     """
@@ -271,6 +280,10 @@ def _class_axis(result: Tensor, axis: int) -> int:
 
 def flat_rows(values: Any, samples: int) -> Tensor:
     """``[n]`` or ``[n, ...]`` as ``[n, J]``.
+
+    Args:
+        values: what an output returned.
+        samples: how many test samples there are, n.
 
     Raises:
         QuestionError: not a tensor, or not one row per sample.

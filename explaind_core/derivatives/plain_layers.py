@@ -71,8 +71,10 @@ class Use:
     """One use of a layer in a forward pass.
 
     Attributes:
-        layer: which. a: what it saw. edge: its output, as a place in the graph that in-place operations behind it
-            do not move. delta: the gradient there, None for zero.
+        layer: the layer that was called.
+        a: its input.
+        edge: its output, as a place in the graph that in-place operations behind it do not move.
+        delta: the gradient there; None for zero.
     """
 
     layer: nn.Module
@@ -96,7 +98,8 @@ class PlainLayers:
     """The layers of a model whose per-sample gradients are sums of outer products, and what they saw.
 
     Args:
-        model: its hooks are used for the time of a forward pass. names: the parameters that are asked for.
+        model: its hooks are used for the time of a forward pass.
+        names: the parameters that are asked for.
 
     Attributes:
         names: those whose gradients can be had this way, as far as is known; it shrinks.
@@ -137,6 +140,11 @@ class PlainLayers:
         """The factors of parameter ``name`` for b samples, one of each use of its layers.
 
         It is dropped from ``names``, and there are none, where the first axis of a use cannot be that of the samples.
+
+        Args:
+            name: the parameter.
+            uses: of all layers, as :meth:`watched` collected them.
+            b: how many samples went through the model.
         """
         own = [(use, self._owned[use.layer][name]) for use in uses if name in self._owned[use.layer]]
         if not all(use.fits(b) for use, _ in own):

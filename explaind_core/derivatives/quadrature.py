@@ -130,8 +130,11 @@ class Climbed(Generic[T]):
     """The best order found for a step.
 
     Attributes:
-        best: what was evaluated with it. nodes: the order. evaluations: nodes evaluated, refinements included.
-        converged: whether the residual met the tolerance (True for a fixed number of nodes). rung: where to start next.
+        best: what was evaluated with it.
+        nodes: the order, a number of nodes.
+        evaluations: how many nodes were evaluated, those of refinements included.
+        converged: whether the residual met the tolerance (True for a fixed number of nodes).
+        rung: position in the ladder to start the next step from.
     """
 
     best: T
@@ -153,8 +156,12 @@ def climb(
     """Raise the order until the tolerance is met; start where the last step ended, for steps are alike.
 
     Args:
-        rung: position in the ladder to start from. bound: the largest residual that is good enough.
-        before, after: f at both ends. evaluate: order -> (what it predicts ``after - before`` to be, anything).
+        quadrature: whose ladder and tolerance are meant.
+        rung: position in the ladder to start from.
+        bound: the largest residual that is good enough; rounding of f is added to it.
+        before: f before the step.
+        after: f after it, of the same shape.
+        evaluate: order -> (what it predicts ``after - before`` to be, anything).
         dtype: of the explained function, whose rounding no order removes.
     """
     change = after - before

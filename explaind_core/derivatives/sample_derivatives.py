@@ -26,9 +26,10 @@ class Derivatives:
     """The derivatives of a model at ``theta``. Used within ``feature_maps.differentiable_kernels``.
 
     Args:
-        model: its hooks are used while it runs. theta: each parameter with its own storage (forward mode costs a
-            view its whole storage). names: those whose gradients are wanted. memory: bytes that a vectorised block
-            may take.
+        model: its hooks are used while it runs.
+        theta: each parameter with its own storage (forward mode costs a view its whole storage).
+        names: those whose gradients are wanted.
+        memory: bytes that a vectorised block may take.
     """
 
     def __init__(self, model: nn.Module, theta: Mapping[str, Tensor], names: Sequence[str], memory: int) -> None:
@@ -50,7 +51,13 @@ class Derivatives:
 
     # ------------------------------------------------------------------ sums over samples
     def weighted(self, point: BatchPoint, rows: slice, weights: Tensor) -> Gradients:
-        """``sum_k weights[g, k] g_k`` over the samples ``rows``, for weights ``[G, b]``: ``[G, *shape]``."""
+        """``sum_k weights[g, k] g_k`` over the samples ``rows``, for weights ``[G, b]``: ``[G, *shape]``.
+
+        Args:
+            point: the micro-batch, within its kernels.
+            rows: which of its samples, b of them.
+            weights: ``[G, b]``.
+        """
         parameters, outputs, cotangents = self._forward(point, rows, self._names)
         size = min(self.passes(point, rows.stop - rows.start), self.fitting(self._names))
         sums: list[list[Tensor]] = [[] for _ in self._names]
@@ -108,6 +115,11 @@ class Derivatives:
         self, point: BatchPoint, rows: slice, directions: Gradients
     ) -> Iterator[tuple[str, slice, Tensor, Tensor, Tensor]]:
         """``<d_r, g_k>`` for directions ``{name: [R, *shape]}``, with what :meth:`agree` needs.
+
+        Args:
+            point: the micro-batch, within its kernels.
+            rows: which of its samples.
+            directions: parameter name -> ``[R, *shape]``.
 
         Yields:
             The name, some of the samples, their products ``[b, R]``, the sum of their gradients, and the squared norm
@@ -182,6 +194,11 @@ class Derivatives:
         """``<d_r, g_k>`` for ``{name: [R, *shape]}``: ``[R, b]`` in float64.
 
         One forward-mode derivative of the outputs along each d_r, times the cotangents.
+
+        Args:
+            point: the micro-batch, within kernels for forward mode.
+            rows: which of its samples, b of them.
+            tangents: parameter name -> ``[R, *shape]``.
         """
         primals = {n: self._theta[n] for n in tangents}
 
@@ -210,7 +227,9 @@ class Derivatives:
         False where outer products of a parameter's layers miss something: they will not be used again.
 
         Args:
-            sums: over the samples, and squares: the squared norms of their terms. totals: of the whole batch.
+            sums: parameter name -> the sum of the samples' gradients.
+            squares: parameter name -> the sum of their squared norms, 0-d.
+            totals: parameter name -> the gradient of the whole batch.
             factored: whether outer products were used.
 
         Raises:
@@ -234,7 +253,13 @@ class Derivatives:
         """Refuse gradients whose sum differs by ``error`` from that of the batch.
 
         Args:
-            size: of the terms. scale: of the gradient of all parameters, as a measure of rounding.
+            where: what the gradients belong to, for the error.
+            error: the difference between the sum and the gradient of the batch, 0-d.
+            size: of the terms of the sum, as a norm.
+            scale: the norm of the gradient of all parameters, as a measure of rounding.
+
+        Raises:
+            RecordingError: ``error`` is more than rounding.
         """
         # What this is to find changes gradients as a whole, not a kink of one sample that is decided otherwise.
         bound = 100 * tolerance(self._dtype) * size + 1e4 * torch.finfo(self._dtype).eps * scale

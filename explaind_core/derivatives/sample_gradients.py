@@ -37,9 +37,12 @@ class SampleGradients:
         model: the architecture, in the mode that it was trained in, not requiring gradients; its weights are not read.
         loss: ``loss(output, target)``, 0-d or one number per sample (then their mean is meant).
         batch: the step's micro-batches. A sample that stands twice has two gradients.
-        theta: where the gradient was taken. buffers: the model's buffers then.
+        theta: the parameters where the gradient was taken.
+        buffers: the model's buffers then.
         names: the parameters whose gradients are wanted; the others are constants.
-        chunk: samples in one pass through the model. memory: bytes that a block of per-sample gradients may take.
+        chunk: samples in one pass through the model.
+        memory: bytes that a block of per-sample gradients may take.
+        loss_in_autocast: whether the loss, too, was computed under the autocast that the model ran in.
 
     Attributes:
         ids: int64 ``[n]``, the samples' ids, in order over all micro-batches.
@@ -112,8 +115,9 @@ class SampleGradients:
 
         Args:
             recorded: the gradients that the step was fed, dense or sparse; a parameter may have none.
-            step: for the error. factor: what c is declared to be (:meth:`explaind_core.Run.gradient_factor`). It
-                counts only where gradients cancel so far that c cannot be told from them.
+            step: for the error.
+            factor: what c is declared to be (:meth:`explaind_core.Run.gradient_factor`). It counts only where gradients
+                cancel so far that c cannot be told from them.
             limit: the largest entry of ``recorded``, where single entries were clipped.
             names: the parameters to look at, all by default.
 

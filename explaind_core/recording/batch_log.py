@@ -24,7 +24,8 @@ class BatchLog:
     """The batches declared since the last step.
 
     Attributes:
-        entries: one per micro-batch: where its content lies (``key``) and its ``weight``. ids: its sample ids.
+        entries: one per micro-batch: where its content lies (``key``) and its ``weight``.
+        ids: its sample ids.
         forwards: how the model stood when it was passed through, None where no pass was seen.
         keeps_contents: whether contents are kept until the step is over.
         contents: inputs and targets of each, where they are kept.

@@ -71,7 +71,9 @@ class EarlyCheck:
     """Computes steps again while they are recorded.
 
     Args:
-        subject: the model and its optimizer. mode: not ``"steps"``. loss, gradient, penalty: as the Recorder was given.
+        subject: the model and its optimizer.
+        mode: not ``"steps"``.
+        loss, gradient, penalty: as the Recorder was given.
 
     Attributes:
         recipe: how the loop rounds, as the last checked step showed.
@@ -105,7 +107,10 @@ class EarlyCheck:
         """Compute the gradient of the coming step again; its parameters must not have moved.
 
         Args:
-            batch: what was declared. buffers: before the pass. fed: the gradients. clips: as declared.
+            batch: what was declared.
+            buffers: before the pass.
+            fed: the gradients.
+            clips: as declared.
 
         Raises:
             RecordingError: it is another one.

@@ -39,7 +39,8 @@ class Iteration:
     Attributes:
         groups: the hyper-parameters under which one call of ``step(closure)`` makes it.
         evaluations: what that call is fed, the one at its starting point first.
-        theta: the parameters after it. state: the optimizer's state after it, where it was asked for.
+        theta: the parameters after it.
+        state: the optimizer's state after it, where it was asked for.
     """
 
     groups: list[dict[str, Any]]
@@ -53,7 +54,8 @@ class IterationSplitter:
 
     Args:
         rule: its rule, which counts iterations and knows how to ask for one.
-        optimizer: as it stands when recording begins. parameters: the model's, by name.
+        optimizer: as it stands when recording begins.
+        parameters: the model's, by name.
     """
 
     def __init__(

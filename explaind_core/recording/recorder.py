@@ -261,8 +261,9 @@ class Recorder:
         """Declare that somebody else (a training framework) clipped the coming step's gradient as torch does.
 
         Args:
-            norm: by the norm of all trained parameters' gradients, of type ``norm_type``. value: entry by entry, after
-                that. found: the norm before clipping, which ``clip_grad_norm_`` returned, if it is known.
+            norm: by the norm of all trained parameters' gradients, of type ``norm_type``.
+            value: entry by entry, after that.
+            found: the norm before clipping, which ``clip_grad_norm_`` returned, if it is known.
 
         Raises:
             RecordingError: neither a norm nor a value is given.
@@ -293,7 +294,8 @@ class Recorder:
         With several optimizers they belong to the round that the last step is part of.
 
         Raises:
-            NonFiniteError: one of them is NaN or infinite. RecordingError: one is called ``step``.
+            NonFiniteError: one of them is NaN or infinite.
+            RecordingError: one is called ``step``.
         """
         if "step" in metrics:
             raise RecordingError(

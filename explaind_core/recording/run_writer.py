@@ -157,11 +157,15 @@ class RunWriter:
         """Write one finished step.
 
         Args:
-            seen: the step. theta: the parameters after it. batches: its samples. factor: what multiplied its gradient.
+            seen: the step.
+            theta: the parameters after it.
+            batches: its samples.
+            factor: what multiplied its gradient.
             state, buffers: the optimizer's state and the model's buffers after it, where not the present ones.
 
         Raises:
-            NonFiniteError: a parameter became NaN or infinite. StoreError: it cannot be written.
+            NonFiniteError: a parameter became NaN or infinite.
+            StoreError: it cannot be written.
         """
         try:
             check_parameters({name: theta[name] for name in seen.gradients}, self.steps + 1)

@@ -32,7 +32,9 @@ class ScalerWatch:
     of which optimizer; so ``step`` of this one scaler is wrapped, until :meth:`close`.
 
     Args:
-        scaler: the loop's. optimizers: those that are recorded. skipped: called with the number of the one skipped.
+        scaler: the loop's.
+        optimizers: those that are recorded.
+        skipped: called with the number of the one skipped.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)

@@ -21,7 +21,8 @@ class Subject:
     """A model, its optimizers, and the rules that speak for them.
 
     Attributes:
-        optimizers: one, or several, in the order in which they were given. registered: their rules.
+        optimizers: one, or several, in the order in which they were given.
+        registered: their rules.
         rule: the only rule, or all of them as one (:class:`explaind_core.rules.JointRule`).
         parameters: the model's, by their names in the plain model, if it is compiled.
 

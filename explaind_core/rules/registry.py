@@ -189,7 +189,8 @@ class Registry:
         """How trainings are drawn to check ``rule``: as a plugin says, or guessed from the optimizer's constructor.
 
         Raises:
-            PluginError: a plugin raised. ConformanceError: nothing is said, and the optimizer is not installed.
+            PluginError: a plugin raised.
+            ConformanceError: nothing is said, and the optimizer is not installed.
         """
         for _, answer in self._call("explaind_trials", rule=rule):
             if answer is not None:

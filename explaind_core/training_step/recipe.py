@@ -71,10 +71,12 @@ class Recipe:
 
         Args:
             model: a private copy, its parameters where the gradient was taken. Buffers change as in training.
-            batch: the micro-batches. loss: not needed where ``gradient`` is given.
+            batch: the micro-batches.
+            loss: not needed where ``gradient`` is given.
             fed: the parameters that had a gradient; all others get none.
             trained: those that were clipped, in the model's order; ``fed`` by default.
-            clips: as :meth:`explaind_core.Run.clips` returns them. gradient: does the backward passes instead.
+            clips: as :meth:`explaind_core.Run.clips` returns them.
+            gradient: does the backward passes instead.
             penalty: of the parameters alone, added behind them.
 
         Raises:

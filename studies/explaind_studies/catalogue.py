@@ -101,7 +101,8 @@ def run_study(
             to be copied, None for nowhere.
 
     Raises:
-        QuestionError: there is no such study. StoreError: the folder holds something else.
+        QuestionError: there is no such study.
+        StoreError: the folder holds something else.
     """
     module = known_study(name).module
     console = console or Console()
