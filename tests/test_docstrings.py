@@ -19,8 +19,6 @@ NOT_YET = (
     "explaind_core/scores",
     "explaind_core/derivatives/explained_function.py",
     # --
-    "explaind_core/training_step",
-    "explaind_core/recording",
     "explaind_core/integrations",
     "explaind_core/conformance",
     "explaind_core/symbolic",

@@ -23,6 +23,11 @@ __all__ = ["BatchLog"]
 class BatchLog:
     """The batches declared since the last step.
 
+    Args:
+        store: where contents are written.
+        train_size: how many training samples there are, which bounds ids; None where it is not known.
+        inputs: ``"stored"``, ``"reread"``, or the dataset that they will be read again from.
+
     Attributes:
         entries: one per micro-batch: where its content lies (``key``) and its ``weight``.
         ids: its sample ids.
@@ -84,8 +89,11 @@ class BatchLog:
         """Give every batch its pass, once the gradient is there; ``after`` is the pass behind the last batch.
 
         A batch is declared behind its pass, or before it. In the second case no pass stands before the first batch and
-        one stands behind each; where neither holds, no pass is known to be of a batch. ``scale`` is what a gradient
-        scaler told the optimizer.
+        one stands behind each; where neither holds, no pass is known to be of a batch.
+
+        Args:
+            after: the pass behind the last batch, None where there was none.
+            scale: what a gradient scaler told the optimizer, for all batches; None leaves each batch its declared one.
         """
         if scale is not None:
             self._scales = [scale] * len(self._scales)
@@ -99,6 +107,10 @@ class BatchLog:
 
     def drop_repeats(self, first: int, step: int) -> None:
         """Drop the entries from ``first`` on: a closure that is evaluated again declares its batch again.
+
+        Args:
+            first: how many entries stood before this evaluation of the closure.
+            step: s, for the error.
 
         Raises:
             RecordingError: they are not the batch that was declared before.
@@ -129,7 +141,21 @@ class BatchLog:
         scale: float = 1.0,
         draws: Any = None,
     ) -> None:
-        """Check one micro-batch and store its content; see :meth:`explaind_core.Recorder.batch`."""
+        """Check one micro-batch and store its content; see :meth:`explaind_core.Recorder.batch`.
+
+        Args:
+            inputs: what the model is called with.
+            targets: the loss's second argument.
+            ids: one integer a sample, 1-d.
+            weight: by which the batch's loss is multiplied.
+            step: the coming step, for errors.
+            forward: how the model stood in the batch's pass; None where no pass was seen.
+            scale: the factor of a ``GradScaler`` in the loss; 1 without one.
+            draws: which draw of each sample it is, one integer a sample; None where they are the same at every reading.
+
+        Raises:
+            RecordingError: ids, weight or content are not what a batch can have.
+        """
         where = f"batch of step {step}"
         try:
             ids = torch.as_tensor(ids).detach().cpu()

@@ -32,6 +32,12 @@ def check_mode(
 ) -> None:
     """Refuse a mode that cannot record this training.
 
+    Args:
+        mode: ``"steps"`` or one that computes gradients again.
+        subject: the model and its optimizers.
+        loss: as the Recorder was given.
+        gradient: as the Recorder was given.
+
     Raises:
         RecordingError: there is no such mode; in a mode that computes gradients again, the optimizer iterates inside a
             step, there are several, the model's gradients are sparse, or there is no loss.
@@ -72,8 +78,10 @@ class EarlyCheck:
 
     Args:
         subject: the model and its optimizer.
-        mode: not ``"steps"``.
-        loss, gradient, penalty: as the Recorder was given.
+        mode: what is written of a step; not ``"steps"``.
+        loss: as the Recorder was given.
+        gradient: as the Recorder was given.
+        penalty: as the Recorder was given.
 
     Attributes:
         recipe: how the loop rounds, as the last checked step showed.
@@ -107,10 +115,11 @@ class EarlyCheck:
         """Compute the gradient of the coming step again; its parameters must not have moved.
 
         Args:
-            batch: what was declared.
-            buffers: before the pass.
-            fed: the gradients.
+            batch: the micro-batches that were declared.
+            buffers: the model's buffers before the pass.
+            fed: the gradients that the optimizer is about to be fed.
             clips: as declared.
+            step: the coming step, for the error.
 
         Raises:
             RecordingError: it is another one.
@@ -199,7 +208,12 @@ def _compared(differing: Sequence[str], found: Mapping[str, Tensor], fed: Mappin
 
 
 def no_pass(mode: str, step: int) -> RecordingError:
-    """The model was not seen being called."""
+    """The model was not seen being called.
+
+    Args:
+        mode: of the recording.
+        step: the coming step.
+    """
     return RecordingError(
         "the model was not called between the last step and this one, so that it cannot be computed again",
         where=f"mode={mode!r}, step {step}",

@@ -25,7 +25,13 @@ __all__ = ["Evaluation", "Iteration", "IterationSplitter"]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of the closure: at which parameters, which loss, which gradients (a missing one is left out)."""
+    """One evaluation of the closure.
+
+    Attributes:
+        theta: the parameters at which it was.
+        loss: what the closure returned.
+        gradients: by parameter name; a missing one is left out.
+    """
 
     theta: Mapping[str, Tensor]
     loss: float
@@ -89,7 +95,12 @@ class IterationSplitter:
     ) -> list[Iteration]:
         """The ``count`` iterations of one call of ``step(closure)``; the first one is step ``step``.
 
-        States are kept of those whose step is a multiple of ``snapshot_every``.
+        Args:
+            evaluations: all of the call, in order.
+            groups: the hyper-parameters of its groups.
+            count: how many iterations it made.
+            step: the number of the first of them.
+            snapshot_every: states are kept of those whose step is a multiple of it.
 
         Raises:
             RecordingError: the evaluations do not lead to ``count`` iterations.

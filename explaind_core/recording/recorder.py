@@ -235,6 +235,10 @@ class Recorder:
 
         This calls ``torch.nn.utils.clip_grad_norm_``; :meth:`gradient_factor` is told by what it multiplied.
 
+        Args:
+            max_norm: the largest norm that stays.
+            norm_type: of the norm, 2 by default.
+
         Returns:
             The norm before clipping, ``[]``.
         """
@@ -261,8 +265,10 @@ class Recorder:
         """Declare that somebody else (a training framework) clipped the coming step's gradient as torch does.
 
         Args:
-            norm: by the norm of all trained parameters' gradients, of type ``norm_type``.
-            value: entry by entry, after that.
+            norm: the largest norm of all trained parameters' gradients together, of type ``norm_type``; None where no
+                norm was clipped.
+            norm_type: of the norm, 2 by default.
+            value: the largest entry, clipped after the norm; None where no entries were clipped.
             found: the norm before clipping, which ``clip_grad_norm_`` returned, if it is known.
 
         Raises:

@@ -28,7 +28,11 @@ class RunWriter:
     """Appends steps to a run store.
 
     Args:
+        store: the run on disk.
+        subject: the model, its optimizers and rules.
+        snapshot_every: steps from one stored optimizer state to the next.
         mode: what is written of a step: see :class:`explaind_core.Recorder`.
+        write_behind: how many steps may wait to be written, by a thread beside the loop; 0 writes each at once.
 
     Attributes:
         last: where the last finished step left the model; set by :meth:`start`, or where a run is resumed.
@@ -62,6 +66,12 @@ class RunWriter:
         penalty: Callable[..., Tensor] | None = None,
     ) -> None:
         """Write theta_0, the optimizer's state and the manifest.
+
+        Args:
+            loss: as the Recorder was given.
+            train_size: how many training samples there are, None where it is not known.
+            overwrite: whether a run that is there is deleted.
+            penalty: as the Recorder was given.
 
         Raises:
             StoreError: there is something at the path already, or it cannot be written.
@@ -157,11 +167,12 @@ class RunWriter:
         """Write one finished step.
 
         Args:
-            seen: the step.
+            seen: what was seen of the step.
             theta: the parameters after it.
-            batches: its samples.
+            batches: the batches declared for it.
             factor: what multiplied its gradient.
-            state, buffers: the optimizer's state and the model's buffers after it, where not the present ones.
+            state: the optimizer's state after it; None for the present one.
+            buffers: the model's buffers after it; None for the present ones.
 
         Raises:
             NonFiniteError: a parameter became NaN or infinite.

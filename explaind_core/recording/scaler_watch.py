@@ -32,9 +32,9 @@ class ScalerWatch:
     of which optimizer; so ``step`` of this one scaler is wrapped, until :meth:`close`.
 
     Args:
-        scaler: the loop's.
+        scaler: that of the training loop.
         optimizers: those that are recorded.
-        skipped: called with the number of the one skipped.
+        skipped: called with the optimizer's number, counted from 0, when its step is skipped.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)

@@ -20,9 +20,12 @@ __all__ = ["Subject"]
 class Subject:
     """A model, its optimizers, and the rules that speak for them.
 
-    Attributes:
+    Args:
+        model: the model.
         optimizers: one, or several, in the order in which they were given.
-        registered: their rules.
+        registered: the rule of each.
+
+    Attributes:
         rule: the only rule, or all of them as one (:class:`explaind_core.rules.JointRule`).
         parameters: the model's, by their names in the plain model, if it is compiled.
 

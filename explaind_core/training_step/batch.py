@@ -16,9 +16,14 @@ __all__ = ["Batch", "MicroBatch"]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One declared batch: ids int64 ``[n]``, inputs and targets as declared, and its loss weight.
+    """One declared batch of n samples.
 
-    ``forward`` tells how the model stood when it was passed through; None where no pass was seen.
+    Attributes:
+        ids: its samples' ids, int64 ``[n]``.
+        inputs: as declared: what the model is called with.
+        targets: as declared: the loss's second argument.
+        weight: by which its loss was multiplied before ``backward()``.
+        forward: how the model stood when it was passed through; None where no pass was seen.
     """
 
     ids: Tensor
@@ -30,7 +35,11 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Batch:
-    """All micro-batches whose gradients one step was fed."""
+    """All micro-batches whose gradients one step was fed.
+
+    Attributes:
+        micro: the micro-batches, in the order in which they were declared.
+    """
 
     micro: tuple[MicroBatch, ...]
 

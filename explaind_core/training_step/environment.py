@@ -45,6 +45,10 @@ def environment(device: torch.device) -> dict[str, Any]:
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs, in words.
 
+    Args:
+        then: an :func:`environment`.
+        now: another one.
+
     Example:
         >>> differences({"torch": "2.6", "threads": 2}, {"torch": "2.13", "threads": 2})
         'torch 2.6 then and 2.13 now'

@@ -92,7 +92,12 @@ class ForwardState:
 
     @classmethod
     def stored(cls, header: Mapping[str, Any] | None, rng: Mapping[str, Tensor]) -> ForwardState | None:
-        """What :meth:`header` described, with the random states by device; None where nothing was seen."""
+        """What :meth:`header` described, with the random states by device; None where nothing was seen.
+
+        Args:
+            header: what was stored of a pass, as JSON.
+            rng: device -> random state.
+        """
         if header is None:
             return None
         kept = {device: rng[device] for device in header["rng"]}

@@ -82,6 +82,11 @@ def per_sample_loss(loss: LossFunction, outputs: Any, targets: Any) -> Tensor:
     every sample as a batch of one. Its normaliser is then that sample's own: with class weights or ignored
     tokens this is not the sample's share of a batch mean.
 
+    Args:
+        loss: ``loss(outputs, targets)``.
+        outputs: the model's, ``[n, ...]``.
+        targets: the loss's second argument, n rows.
+
     Raises:
         QuestionError: the result has more than one number per sample.
 

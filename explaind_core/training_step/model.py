@@ -32,7 +32,13 @@ def run_model(model: Callable[..., Any], inputs: Any) -> Any:
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """One parameter of the model: its shape, its dtype, and whether the optimizer trained it at the start."""
+    """One parameter of the model: its shape, its dtype, and whether the optimizer trained it at the start.
+
+    Attributes:
+        shape: of the tensor.
+        dtype: of the tensor.
+        trained: whether the optimizer trained it at the start.
+    """
 
     shape: torch.Size
     dtype: torch.dtype

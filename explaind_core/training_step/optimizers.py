@@ -18,6 +18,11 @@ def rebuild_optimizer(
 ) -> torch.optim.Optimizer:
     """``kind`` over ``groups``, called with those of the first group's values that its constructor has arguments for.
 
+    Args:
+        kind: the optimizer's class.
+        groups: its parameter groups, each with its hyper-parameters.
+        where: for the error.
+
     Raises:
         StoreError: the constructor refuses them.
 

@@ -72,12 +72,12 @@ class Recipe:
         Args:
             model: a private copy, its parameters where the gradient was taken. Buffers change as in training.
             batch: the micro-batches.
-            loss: not needed where ``gradient`` is given.
+            loss: ``loss(output, target)``; None is allowed where ``gradient`` is given.
             fed: the parameters that had a gradient; all others get none.
             trained: those that were clipped, in the model's order; ``fed`` by default.
             clips: as :meth:`explaind_core.Run.clips` returns them.
-            gradient: does the backward passes instead.
-            penalty: of the parameters alone, added behind them.
+            gradient: does the backward passes instead; None for the usual ones.
+            penalty: a loss of the parameters alone, whose gradient is added behind them; None for none.
 
         Raises:
             QuestionError: there is neither a loss nor ``gradient``.
@@ -170,6 +170,10 @@ def _clip(parameters: list[nn.Parameter], clips: Iterable[Sequence[Any]]) -> Non
 
 def different(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
     """The names whose tensors are not equal bit by bit, but for the sign of a zero.
+
+    Args:
+        found: name -> tensor.
+        expected: name -> tensor.
 
     Example:
         >>> different({"a": torch.zeros(1), "b": torch.ones(1)}, {"a": -torch.zeros(1), "b": torch.zeros(1)})
