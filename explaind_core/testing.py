@@ -42,7 +42,10 @@ def record_example(
     Args:
         steps: how many steps of 8 of the 32 samples (4 features, 3 classes).
         make_optimizer: called with the parameters; AdamW with weight decay by default.
-        rule: explains the run, instead of the registered one. registry: the plugins to look for its rule in.
+        dtype: of parameters and inputs.
+        seed: of data, initialisation and batches.
+        rule: explains the run, instead of the registered one.
+        registry: the plugins to look for its rule in, those of the installed packages by default.
 
     Example:
         >>> record_example(steps=2).steps

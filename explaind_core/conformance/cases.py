@@ -23,15 +23,19 @@ class Case:
     """One small training, fully determined.
 
     Attributes:
-        options: for ``make_optimizer``. second_group: what the second parameter group overrides; None for one group.
-        schedule: per step, what is set in the first group before it. gradients: per step and parameter
-            ``"yes"``, ``"none"``, ``"zero"``, ``"some zeros"`` or ``"sparse"`` (some rows, some of them twice).
+        options: what ``make_optimizer`` is called with beside the parameters.
+        second_group: what the second parameter group overrides; None for one group.
+        schedule: for each step, what is set in the first group before it.
+        gradients: for each step and parameter: ``"yes"``, ``"none"``, ``"zero"``, ``"some zeros"`` or ``"sparse"``
+            (some rows, some of them twice).
         clip: the largest gradient norm, or None (dense gradients only).
         closure: gradients are those of a smooth loss that ``step(closure)`` evaluates as often as it likes; without
             it they are drawn.
         stored: pass through the recorder, the store and the replay, which must give back what was observed.
         point: ``"evaluated"`` to check the point where the model is evaluated (see ``UpdateRule.evaluated``).
-        shapes, dtype, seed: of the parameters.
+        shapes: of the parameters, a tuple for each.
+        dtype: of the parameters, by its name in torch.
+        seed: of all that is drawn.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -132,7 +136,13 @@ def _number_or_copy(tensor: Tensor) -> Any:
 
 
 def observed(rule: UpdateRule, make_optimizer: MakeOptimizer, case: Case) -> list[ReplayedStep]:
-    """Train, looking at the optimizer before and after every step; nothing is stored."""
+    """Train, looking at the optimizer before and after every step; nothing is stored.
+
+    Args:
+        rule: of the optimizer.
+        make_optimizer: called with parameter groups and the case's options.
+        case: the training.
+    """
     training = _Training(make_optimizer, case)
     optimizer, parameters = training.optimizer, training.parameters
     names = {id(p): n for n, p in parameters.items()}
@@ -179,7 +189,13 @@ def observed(rule: UpdateRule, make_optimizer: MakeOptimizer, case: Case) -> lis
 
 
 def replayed(rule: UpdateRule, make_optimizer: MakeOptimizer, case: Case) -> list[ReplayedStep]:
-    """Train under a Recorder, open the run, and replay it: what a user's decomposition is made of."""
+    """Train under a Recorder, open the run, and replay it: what a user's decomposition is made of.
+
+    Args:
+        rule: of the optimizer.
+        make_optimizer: called with parameter groups and the case's options.
+        case: the training.
+    """
 
     class Plugin:
         @staticmethod

@@ -33,10 +33,15 @@ class Conformance:
     """The largest errors of a check, in units of the size of what is compared.
 
     Attributes:
-        one_step, rollout, alphas, adjoints: float64. one_step_float32: reported, never bounded.
+        one_step: of one update, in float64, as the next three.
+        rollout: of the parameters on the trajectory that the declaration makes by itself, per step.
+        alphas: of what the filter reads out last, against the explicit sum over ``alpha_{s,i} u_i``.
+        adjoints: of ``<A x, y> == <x, A' y>`` for the declared operators.
         store: the largest difference between the training as observed and as it came back from the store; NaN if they
             do not even have the same entries.
-        cases: how many trainings were tried. refused: how many drawn ones the optimizer's constructor refused.
+        one_step_float32: of one update in float32; reported, never bounded.
+        cases: how many trainings were tried.
+        refused: how many drawn ones the optimizer's constructor refused.
     """
 
     one_step: float = 0.0
@@ -60,6 +65,11 @@ def run_case(rule: UpdateRule, make_optimizer: MakeOptimizer, case: Case) -> Con
 
     Errors are relative to ``1 + max|theta| + max|kernel| + max|regularization|`` of the tensor: the two parts may be
     far larger than their sum, and no declaration can be nearer than their rounding.
+
+    Args:
+        rule: of the optimizer.
+        make_optimizer: called with parameter groups and the case's options.
+        case: the training.
 
     Example:
         >>> from explaind_optimizers import SGDRule

@@ -69,17 +69,20 @@ def check_update_rule(
     """Prove (or refute) by drawn examples that a rule's declaration is exact in float64.
 
     Args:
-        rule: the rule. make_optimizer: called with parameter groups and the options drawn from ``hyper``.
+        rule: the rule, or its class.
+        make_optimizer: called with parameter groups and the options drawn from ``hyper``.
         hyper: constructor option -> hypothesis strategy. Under a key that starts with ``*``, a strategy of
             dictionaries: options that are drawn together, since they exclude or need each other.
         scheduled: hyper-parameter -> strategy, for values set anew in a group before a step (``lr`` between 1e-4
             and 1 by default).
-        shapes: of the parameters. presence: which kinds of gradient occur; leave out ``"none"`` where the optimizer
-            itself cannot do without; ``"sparse"`` draws sparse gradients (see :class:`~explaind_core.testing.Case`).
-        groups: how many parameter groups, 1 or 2. closure: train by ``step(closure)`` on a smooth loss.
+        shapes: of the parameters, a tuple for each.
+        presence: which kinds of gradient occur; leave out ``"none"`` where the optimizer itself cannot do without;
+            ``"sparse"`` draws sparse gradients (see :class:`~explaind_core.testing.Case`).
+        groups: how many parameter groups, 1 or 2.
+        closure: train by ``step(closure)`` on a smooth loss.
         point: ``"evaluated"`` to check the point where the model is evaluated, for a rule that has one.
-        tolerance: of one step (see :func:`run_case` for its unit), and of the store. Rollout, alphas and adjoints get
-            100 times that.
+        tolerance: the largest error of one step (see :func:`run_case` for its unit), and of the store. Rollout, alphas
+            and adjoints get 100 times that.
         max_examples: drawn trainings in float64; a quarter as many are drawn in float32 and reported.
 
     Returns:
@@ -105,6 +108,11 @@ def check_update_rule(
 
 def check_trials(rule: UpdateRule, trials: Trials, *, max_examples: int = 100) -> Conformance:
     """:func:`check_update_rule` for a family of trainings (see there).
+
+    Args:
+        rule: the rule.
+        trials: how trainings are drawn.
+        max_examples: drawn trainings in float64; a quarter as many are drawn in float32 and reported.
 
     Example:
         >>> from explaind_optimizers import SGDRule

@@ -20,7 +20,13 @@ __all__ = ["FamilyVerdict", "Verdict", "check_plugin"]
 
 @dataclass(frozen=True)
 class FamilyVerdict:
-    """What the kit found on one family of trainings: its errors, or (``refuted``) the smallest case that fails."""
+    """What the kit found on one family of trainings: its errors, or (``refuted``) the smallest case that fails.
+
+    Attributes:
+        trials: how its trainings are drawn.
+        found: the largest errors; None where it is refuted.
+        refuted: the smallest case that fails, as code that runs; empty where none does.
+    """
 
     trials: Trials
     found: Conformance | None
@@ -32,8 +38,10 @@ class Verdict:
     """Whether a rule declares the truth. Prints as a table.
 
     Attributes:
-        rule: its qualified name. families: what the kit found, family by family.
-        proof: what :func:`explaind_core.symbolic.prove` printed, or why it proved nothing. proved: whether it did.
+        rule: its qualified name.
+        families: what the kit found, family by family.
+        proof: what :func:`explaind_core.symbolic.prove` printed, or why it proved nothing.
+        proved: whether it did.
         disproved: whether the proof found a term that differs (or nothing to compare and no reason why).
     """
 
@@ -93,7 +101,10 @@ def check_plugin(
     Trainings are drawn as the rule's plugin says (hook ``explaind_trials``), or as the optimizer's constructor tells.
 
     Args:
-        rule: the rule. max_examples: drawn trainings per family. registry: the plugins that are asked for trials.
+        rule: the rule, or its class.
+        max_examples: drawn trainings per family.
+        registry: the plugins that are asked for trials, those of the installed packages by default.
+        progress: whether to show a bar.
 
     Raises:
         ConformanceError: no optimizer that the rule speaks for is installed.

@@ -30,10 +30,14 @@ class SeenCall:
     """One call of the model with gradients enabled.
 
     Attributes:
-        args, kwargs: what it was called with. extra: what was taken out of the keywords before.
-        output: what it returned. gradients: at the tensors in it, by their position in ``trees.leaves(output)``, once
-            the backward pass has run.
-        value: of a loss that the model returned, and its gradient: the factor of what it was trained on.
+        args: the positional arguments that it was called with.
+        kwargs: the keywords that it was called with.
+        extra: what was taken out of the keywords before.
+        output: what it returned.
+        gradients: those at the tensors in ``output``, by their position in ``trees.leaves(output)``, once the backward
+            pass has run.
+        value: the loss that the model returned, 0-d; None where it returned none.
+        factor: the gradient at that loss: the factor of what it was trained on.
         autocast: device and dtype of autocast at the call.
     """
 
@@ -47,7 +51,11 @@ class SeenCall:
     autocast: tuple[str, torch.dtype] | None = None
 
     def inputs(self, module: nn.Module) -> Any:
-        """What the model was called with as ``recorder.batch`` takes it: a tensor, a tuple, or a dict of keywords."""
+        """What the model was called with as ``recorder.batch`` takes it: a tensor, a tuple, or a dict of keywords.
+
+        Raises:
+            RecordingError: keywords stand beside arguments that have no name.
+        """
         if not self.kwargs:
             alone = len(self.args) == 1 and isinstance(self.args[0], Tensor)
             return self.args[0] if alone else self.args
@@ -77,7 +85,10 @@ class SeenCall:
         The inverse of a whole number is taken as that.
 
         Args:
-            loss, targets: declared. where: for errors. total: the loss that ``backward()`` was called on.
+            loss: the declared ``loss(output, target)``.
+            targets: the declared targets.
+            where: what the batch is, for errors.
+            total: the loss that ``backward()`` was called on; None where it is not known.
 
         Raises:
             RecordingError: there is no such w: the model was trained on another loss.

@@ -29,7 +29,13 @@ __all__ = ["NamedBatch", "RecorderCallback", "named"]
 
 
 class NamedBatch(NamedTuple):
-    """A loader's own batch, ``data``, and its samples; ``training_step`` is given ``data`` alone."""
+    """A loader's own batch, ``data``, and its samples; ``training_step`` is given ``data`` alone.
+
+    Attributes:
+        ids: its samples' ids, int64 ``[n]``.
+        draws: which draw of each sample it is, int64 ``[n]``.
+        data: what the loader returned.
+    """
 
     ids: Tensor
     draws: Tensor

@@ -71,8 +71,9 @@ def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 130, colour
     """Write a figure as PNG (or what the name says) and return where.
 
     Args:
-        figure: what to write. dpi: dots per inch. colours: at most so many, PNG only: pictures of large matrices are
-            a quarter of the size with 256.
+        figure: what to write.
+        dpi: dots per inch.
+        colours: at most so many, PNG only: pictures of large matrices are a quarter of the size with 256.
     """
     FigureCanvasAgg(figure)
     if colours is None:

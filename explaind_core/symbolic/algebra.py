@@ -30,6 +30,10 @@ def as_symbols(expr: Any) -> Any:
 def linear_coefficients(expr: Any, inputs: Sequence[Any]) -> list[Any] | None:
     """The coefficient of each input, then the rest; None where ``expr`` is not linear in them.
 
+    Args:
+        expr: what is taken apart.
+        inputs: the symbols that it is to be linear in.
+
     Example:
         >>> x, y, a = Datum("x"), Datum("y"), sympy.Symbol("a")
         >>> linear_coefficients(a * (x + 2) - y, [x, y])
@@ -71,7 +75,12 @@ def is_nonnegative(expr: Any) -> bool:
 
 
 def proves_zero(expr: Any, branch: Branch) -> bool:
-    """Whether ``expr`` is shown quickly to be zero for all values of its symbols, on this way through the code."""
+    """Whether ``expr`` is shown quickly to be zero for all values of its symbols, on this way through the code.
+
+    Args:
+        expr: any expression.
+        branch: the way.
+    """
     return _is_identity(_known(expr, branch))
 
 
@@ -79,6 +88,8 @@ def is_zero(expr: Any, branch: Branch, definitions: Mapping[Any, Any] | None = N
     """Whether ``expr`` is zero for all values of its symbols, on this way through the code.
 
     Args:
+        expr: any expression.
+        branch: the way.
         definitions: what some of its symbols stand for, oldest first.
 
     Returns:

@@ -29,12 +29,16 @@ class Branch:
     Every question is brought to ``x > 0`` or ``x == 0`` for an expression x.
 
     Args:
-        prefix: the answers to the first questions; later ones are answered with yes. None: there must be none.
+        prefix: the answers to the first questions; later ones are answered with yes. None where no question may be
+            asked.
         known: a branch whose answers hold here too.
+        positive: expression -> whether it is positive, as answered so far.
+        zero: expression -> whether it is zero, as answered so far.
 
     Attributes:
-        positive, zero: the answers so far. open: the prefixes of the ways not taken. solved: symbol -> what it is, by
-            what is zero.
+        positive, zero: the answers so far.
+        open: the prefixes of the ways not taken.
+        solved: symbol -> what it is, by what is zero.
     """
 
     def __init__(self, prefix: tuple[bool, ...] | None = (), known: Branch | None = None) -> None:
@@ -204,7 +208,9 @@ def branches(run: Callable[[Branch], T], known: Branch | None = None, limit: int
     """Run ``run`` once for every combination of answers to the questions that its symbols leave open.
 
     Args:
-        run: is told its branch. known: answers that hold for all. limit: how many combinations to go through.
+        run: called with its branch, once for each.
+        known: a branch whose answers hold for all.
+        limit: how many combinations to go through.
 
     Raises:
         ProofError: there are more than ``limit`` combinations.

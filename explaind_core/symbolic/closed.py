@@ -25,6 +25,9 @@ _READ = {"s,i": {J: I - 1, K: S - I}, "s,s": {J: S - 1}, "s,1": {J: S - 1}, "1,1
 class ClosedForms:
     """What a rule declares at constant hyper-parameters and a general step, for one configuration.
 
+    Args:
+        path: the rule's recursion and declaration, unrolled from the first step.
+
     Attributes:
         declared: alpha_{s,i} by the declaration, for the pairs "s,i" (1 < i < s), "s,s" (s > 1), "s,1" and "1,1", in
             the symbols J and K. Empty where the filter's A changes from step to step or mixes its states.
@@ -46,13 +49,23 @@ class ClosedForms:
         self.readable = self._readable()
 
     def author(self, s: Any, i: Any) -> Any:
-        """The rule's own ``alpha`` at (s, i); None where it has none."""
+        """The rule's own ``alpha`` at (s, i); None where it has none.
+
+        Args:
+            s: the step whose update is read.
+            i: the step whose gradient is in it.
+        """
         hyper = OptimizerState(NAME, self._hyper, "parameter group")
         found = self._rule.alpha(SymbolicTensor(s), SymbolicTensor(i), hyper)
         return None if found is NotImplemented else exact(found)
 
     def read(self, pair: str, expr: Any) -> Any:
-        """``expr``, of the given pair, in the symbols s and i; hyper-parameters are plain positive symbols."""
+        """``expr``, of the given pair, in the symbols s and i; hyper-parameters are plain positive symbols.
+
+        Args:
+            pair: ``"s,i"``, ``"s,s"``, ``"s,1"`` or ``"1,1"``.
+            expr: in the symbols J and K.
+        """
         plain = {x: sympy.Symbol(x.name, positive=True) for x in expr.atoms(Option)}
         return expr.xreplace({**_READ[pair], **self._shown, **plain})
 

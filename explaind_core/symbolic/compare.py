@@ -27,7 +27,9 @@ class Comparison:
     """The comparisons for one configuration and one way through the code.
 
     Attributes:
-        path: the rule's recursion and declaration. branch: the way. options: the configuration in words.
+        path: the rule's recursion and declaration.
+        branch: the way through the code.
+        options: the configuration in words.
     """
 
     path: Path

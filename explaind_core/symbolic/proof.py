@@ -66,7 +66,9 @@ class Proof:
     """What :func:`prove` showed. Prints as a table.
 
     Attributes:
-        rule: the rule's name. steps: how many steps were unrolled. configurations: what it was proved for.
+        rule: the rule's name.
+        steps: how many steps were unrolled.
+        configurations: what it was proved for.
         reason: why there is nothing to prove, where there is not.
     """
 

@@ -44,13 +44,18 @@ class RecursionStep:
     """One step, as :meth:`explaind_core.UpdateRule.recursion` is shown it; numbers are :class:`SymbolicTensor` too.
 
     Attributes:
-        theta, gradient: of this parameter, before the step. hyper: its group's hyper-parameters before the step.
-        clock: t, this parameter's own steps so far, this one included. step: s, the optimizer's. name: of the step.
+        theta: this parameter before the step.
+        gradient: of this parameter, as it is fed.
+        hyper: its group's hyper-parameters before the step.
+        clock: t, this parameter's own steps so far, this one included.
+        step: s, the optimizer's own count.
         state: this parameter's state in the optimizer, to be updated; an entry that is missing reads as 0.
         hyper_after: the group's entries that the optimizer changes by itself, to be written.
+        name: of the step, in the names of its symbols.
         point: ``"evaluated"`` where the recursion is to return ``theta`` + the change of the point where the model is
             evaluated, as ``proved_for`` says (see :attr:`explaind_core.RecordedStep.point`).
-        mask: of a sparse gradient. A recursion that reads it says that gradients are sparse.
+        sparse: whether the recursion has read ``mask``, which says that gradients are sparse.
+        mask: of a sparse gradient: 1 where it stores a value, 0 elsewhere.
 
     Example:
         >>> two = SymbolicTensor(2)
@@ -139,7 +144,10 @@ def hyper_parameters(
     """The hyper-parameters of the step named ``label``: symbols, but where the configuration has a value.
 
     Args:
-        step: the optimizer's step, for those that are a function of it; None: these are symbols too.
+        rule: whose options they are.
+        configuration: option -> value, or ``...`` for a symbol.
+        label: the step's name, which ends the symbols' names.
+        step: the optimizer's step, for those that are a function of it; with None these are symbols too.
 
     Example:
         >>> from explaind_optimizers import AdamWRule

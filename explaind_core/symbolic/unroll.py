@@ -36,7 +36,19 @@ P_OF_READOUT = Datum("P_s", real=True)
 
 @dataclass(frozen=True)
 class Declared:
-    """The coefficients of one step, as expressions: what every operator multiplies an element by."""
+    """The coefficients of one step, as expressions: what every operator multiplies an element by.
+
+    Attributes:
+        A: from states to new states.
+        B: from the input to new states.
+        C: from states to what is read out.
+        D: from the input to what is read out.
+        P: the preconditioner.
+        E: the gradient operator.
+        W: the coupled decay.
+        rho: the decoupled decay.
+        coefficients: as the rule returned them.
+    """
 
     A: tuple[tuple[Any, ...], ...]
     B: tuple[Any, ...]
@@ -50,7 +62,12 @@ class Declared:
 
 
 def declare(rule: UpdateRule, recorded: RecordedStep) -> Declared:
-    """Ask the rule itself, on symbols."""
+    """Ask the rule itself, on symbols.
+
+    Args:
+        rule: the rule.
+        recorded: a step whose numbers are symbols.
+    """
     with _on_symbols(rule, "coefficients"):
         found = rule.coefficients(recorded)
         f = found.filter
@@ -89,8 +106,11 @@ class UnrolledStep:
     """One step of both: theta_t - theta_{t-1} by the recursion and by the declaration.
 
     Attributes:
-        label: t. gradients: g_1, ..., g_t. thetas: theta_0, ..., theta_{t-1}.
-        expected, got: the update by the recursion, and by the declaration.
+        label: t, a number or the name of any step.
+        gradients: g_1, ..., g_t.
+        thetas: theta_0, ..., theta_{t-1}.
+        expected: the update by the recursion.
+        got: the update by the declaration.
         declared: the coefficients of this step and those before, oldest first.
     """
 
@@ -111,10 +131,15 @@ class Path:
     ``definitions`` has what they stand for.
 
     Attributes:
-        rule, configuration: what is unrolled. steps: the steps so far. state: the optimizer's state of the parameter.
-        group: hyper-parameters that the optimizer has set itself. filter: the filter's states.
+        rule: what is unrolled.
+        configuration: the values of its options.
+        steps: the steps so far.
+        state: the optimizer's state of the parameter, by entry.
+        group: hyper-parameters that the optimizer has set itself.
+        filter: the filter's states.
         definitions: symbol of a state entry -> its expression, oldest first.
-        memory: where the path begins at any step t > 1: the symbols of the filter's states. None: at the first step.
+        memory: the symbols of the filter's states where the path begins at any step t > 1; None where it begins at the
+            first.
         sparse: whether gradients are.
     """
 

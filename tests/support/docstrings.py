@@ -82,7 +82,9 @@ def second_names(text: str) -> set[str]:
 def described(root: Path) -> Iterator[Described]:
     """Every class and function under ``root`` that has a docstring."""
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(root.rglob("*.py"))}
-    classes = {node.name: node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    classes: dict[str, list[ast.ClassDef]] = {}
+    for node in (node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+        classes.setdefault(node.name, []).append(node)
     for path, tree in trees.items():
         for node in ast.walk(tree):
             if isinstance(node, Documented) and ast.get_docstring(node) is not None:
@@ -94,7 +96,7 @@ def _split(names: str) -> list[str]:
     return [name.lstrip("*") for name in re.split(", | and ", names)]
 
 
-def _names(node: Documented, classes: dict[str, ast.ClassDef]) -> tuple[set[str], bool]:
+def _names(node: Documented, classes: dict[str, list[ast.ClassDef]]) -> tuple[set[str], bool]:
     """The arguments of a function, or the fields and attributes of a class; and whether there may be more."""
     if not isinstance(node, ast.ClassDef):
         a = node.args
@@ -115,10 +117,13 @@ def _names(node: Documented, classes: dict[str, ast.ClassDef]) -> tuple[set[str]
     for base in node.bases:
         name = base.value if isinstance(base, ast.Subscript) else base
         written = ast.unparse(name).rpartition(".")[2]
-        if written in classes and classes[written] is not node:
-            more, beyond = _names(classes[written], classes)
+        named = [found for found in classes.get(written, ()) if found is not node]
+        for found in named:  # all of that name: which of them is meant, its imports would say
+            more, beyond = _names(found, classes)
             names, foreign = names | more, foreign or beyond
-        elif written not in ("ABC", "Generic", "Protocol", "NamedTuple", "object", "Exception"):
+        if named:
+            continue
+        if written not in ("ABC", "Generic", "Protocol", "NamedTuple", "object", "Exception"):
             foreign = True
     return names, foreign
 
