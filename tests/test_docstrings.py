@@ -18,9 +18,6 @@ NOT_YET = (
     "explaind_core/questions",
     "explaind_core/scores",
     "explaind_core/derivatives/explained_function.py",
-    # --
-    "optimizers",
-    "studies",
 )
 
 

@@ -93,7 +93,8 @@ def decays(hyper: Mapping[str, Any], *, decoupled: bool = False) -> dict[str, fl
     """W and rho where ``weight_decouple`` chooses between them and ``fixed_decay`` drops the rate from rho.
 
     Args:
-        hyper: the group. decoupled: what holds where it does not say.
+        hyper: the group's hyper-parameters.
+        decoupled: whether decay is decoupled where the group does not say.
 
     Example:
         >>> decays({"lr": 0.5, "weight_decay": 0.1, "weight_decouple": True})

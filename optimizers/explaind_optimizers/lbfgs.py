@@ -22,7 +22,10 @@ class TwoLoop(LinearOperator):
     ``ro_j = 1 / <y_j, s_j>``.
 
     Args:
-        scale: H_0's factor. differences: y_j, of gradients. moves: s_j, of parameters; the oldest first. ro: ro_j.
+        scale: H_0's factor.
+        differences: y_j, of gradients.
+        moves: s_j, of parameters; the oldest first.
+        ro: ``ro_j = 1 / <y_j, s_j>``.
 
     Example:
         >>> import torch

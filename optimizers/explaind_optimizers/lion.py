@@ -26,7 +26,13 @@ __all__ = ["LionRule", "SignSGDRule", "TigerRule"]
 
 
 def sign_step(rate: float, c: Tensor, u: Tensor | None = None) -> Diagonal:
-    """``c -> rate sign(c)`` as a frozen operator: ``rate / |c|``, and 0 where c = 0; cautious of ``u``, if given."""
+    """``c -> rate sign(c)`` as a frozen operator: ``rate / |c|``, and 0 where c = 0; cautious of ``u``, if given.
+
+    Args:
+        rate: of the step.
+        c: what the sign is taken of.
+        u: what a cautious optimizer compares signs with; None for an optimizer that is not.
+    """
     moved = c != 0
     weight = (rate / c.abs().where(moved, 1.0)).where(moved, 0.0)
     return Diagonal(weight if u is None else weight * cautious_mask(c.sign(), u))

@@ -63,7 +63,12 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class Reshaped(LinearOperator):
-    """An operator that acts in another layout of the tensor."""
+    """An operator that acts in another layout of the tensor.
+
+    Attributes:
+        inner: the operator, in that layout.
+        layout: the layout.
+    """
 
     inner: LinearOperator
     layout: Layout

@@ -16,7 +16,13 @@ __all__ = ["SophiaGRule", "SophiaHRule"]
 
 
 def clipped(m: Tensor, h: Tensor, bound: float) -> Tensor:
-    """``clip(m / h, -bound, bound) / m``: the smaller of ``1 / h`` and ``bound / |m|``."""
+    """``clip(m / h, -bound, bound) / m``: the smaller of ``1 / h`` and ``bound / |m|``.
+
+    Args:
+        m: the average of gradients.
+        h: the scaled Hessian estimate.
+        bound: of the quotient's magnitude.
+    """
     size = m.abs()
     smallest = 0.0 if is_symbolic(m) else torch.finfo(m.dtype).tiny
     return torch.where(size > bound * h, bound / size.clamp(min=smallest), 1 / h)

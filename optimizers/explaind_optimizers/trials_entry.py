@@ -24,9 +24,13 @@ class Entry:
     """One optimizer class, and the trainings that its rule is checked on.
 
     Attributes:
-        rule: its rule. path: ``package:Class``, as users import it.
-        hyper: constructor option -> what is drawn. scheduled: the same for a schedule and a second group.
-        shapes: of the parameters. groups: how many parameter groups. tolerance: of one step in float64.
+        rule: its rule.
+        path: ``package:Class``, as users import it.
+        hyper: constructor option -> what is drawn.
+        scheduled: the same for a schedule and a second group.
+        shapes: of the parameters.
+        groups: how many parameter groups.
+        tolerance: of one step in float64.
         elsewhere: check the point where the model is evaluated too.
         adapted: makes a subclass that can be stepped without arguments.
     """

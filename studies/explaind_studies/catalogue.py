@@ -23,8 +23,10 @@ class Study:
     """An experiment of the paper.
 
     Attributes:
-        name: on the command line. title: what it reproduces. module: that has ``PAPER`` and ``QUICK``, two settings
-            (dataclasses), and ``study(workbook, setting) -> Report``.
+        name: on the command line.
+        title: what it reproduces.
+        module: that has ``PAPER`` and ``QUICK``, two settings (dataclasses), and
+            ``study(workbook, setting) -> Report``.
     """
 
     name: str
@@ -97,8 +99,13 @@ def run_study(
     """Run a study in ``folder``, or continue it there; write its report, and keep a copy of it.
 
     Args:
-        name: one of ``STUDIES``. setting: of that study. command: for the page. kept: where tables and pictures are
-            to be copied, None for nowhere.
+        name: one of ``STUDIES``.
+        folder: where the study lies.
+        setting: of that study.
+        command: that starts it, for the page.
+        kept: where tables and pictures are to be copied, None for nowhere.
+        console: for what is said on the way; standard output by default.
+        progress: whether to show bars.
 
     Raises:
         QuestionError: there is no such study.

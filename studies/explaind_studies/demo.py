@@ -25,9 +25,14 @@ class Setting:
     """A modular-addition experiment.
 
     Attributes:
-        p: the modulus. train, test: numbers of samples. seed: of data and initialisation.
-        explained: how many test samples are decomposed. most_steps: where training stops at the latest.
-        tolerance: for the adaptive nodes. samples_at_once: test samples decomposed in one pass.
+        p: the modulus.
+        train: number of training samples.
+        test: number of test samples.
+        seed: of data and initialisation.
+        explained: how many test samples are decomposed.
+        most_steps: where training stops at the latest.
+        tolerance: of the adaptive nodes (see :class:`explaind_core.Quadrature`).
+        samples_at_once: test samples decomposed in one pass.
         betas: of AdamW; (0.9, 0.98) as in the paper's released code, (0.98, 0.99) as in its text.
     """
 
@@ -56,9 +61,13 @@ class DemoResult:
     """What the demo made.
 
     Attributes:
-        run, result: the recorded run and the decomposition (None with ``--paper``, which keeps only scores).
-        scores: importances over step and layer. check: the verification. closure: error, as a fraction of the
-            largest output. figure: where the picture lies. holds: whether every check holds.
+        run: the recorded run.
+        result: the decomposition; None with ``--paper``, which keeps only scores.
+        scores: importances over step and layer.
+        check: the verification.
+        closure: error, as a fraction of the largest output.
+        figure: where the picture lies.
+        holds: whether every check holds.
     """
 
     run: explaind.Run
@@ -86,6 +95,12 @@ def train(setting: Setting, path: Path, *, record: bool = True, progress: bool =
 
     A run that was interrupted there is continued. ``record=False`` trains just as long without a Recorder, to
     measure what recording costs.
+
+    Args:
+        setting: of the experiment.
+        path: where the run is recorded.
+        record: whether to record it.
+        progress: whether to show a bar.
     """
     task = modular_addition(setting.p, setting.train, setting.test, seed=setting.seed)
     torch.manual_seed(setting.seed)
@@ -141,7 +156,14 @@ def _steps(
 
 
 def demo(folder: Path, setting: Setting, *, progress: bool = True, console: Console | None = None) -> DemoResult:
-    """Train, record, verify, decompose and draw; each part that ``folder`` already holds is taken up from there."""
+    """Train, record, verify, decompose and draw; each part that ``folder`` already holds is taken up from there.
+
+    Args:
+        folder: where everything is written.
+        setting: of the experiment.
+        progress: whether to show bars.
+        console: for what is said on the way.
+    """
     console = console or Console()
     folder.mkdir(parents=True, exist_ok=True)
     task = modular_addition(setting.p, setting.train, setting.test, seed=setting.seed)

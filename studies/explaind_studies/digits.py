@@ -20,7 +20,11 @@ __all__ = ["Images", "Schedule", "accuracy", "batches", "digits", "enlarged_digi
 class Images:
     """A task of classification.
 
-    Shapes: ``*_images`` float32 ``[n, channels, h, w]``, ``*_targets`` int64 ``[n]``.
+    Attributes:
+        train_images: float32 ``[n, channels, h, w]``.
+        train_targets: int64 ``[n]``.
+        test_images: float32 ``[m, channels, h, w]``.
+        test_targets: int64 ``[m]``.
     """
 
     train_images: Tensor
@@ -49,6 +53,12 @@ def enlarged_digits() -> tuple[Tensor, Tensor]:
 def batches(size: int, batch: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Ids, every one once an epoch, in a new order each; the last batch of an epoch is what is left.
 
+    Args:
+        size: how many samples there are.
+        batch: samples in a batch.
+        epochs: how often every sample is taken.
+        generator: draws the orders.
+
     Example:
         >>> [len(ids) for ids in batches(5, 2, 2, torch.Generator())]
         [2, 2, 1, 2, 2, 1]
@@ -61,7 +71,8 @@ def digits(seed: int = 0, *, test: int = 360) -> Images:
     """The 1,797 digits of scikit-learn, 8 x 8, every pixel repeated twice in both directions; grey values 0 to 1.
 
     Args:
-        seed: of the split. test: how many are not trained on.
+        seed: of the split.
+        test: how many are not trained on.
 
     Example:
         >>> task = digits()
@@ -79,8 +90,12 @@ class Schedule:
     """SGD with momentum, and a learning rate that rises to a peak and falls again: the paper's training of its CNN.
 
     Attributes:
-        epochs, batch: passes over the data, in batches of so many. rate: the highest learning rate.
-        peak_epoch: at whose end it is reached, starting and ending at zero; None: it is constant.
+        epochs: passes over the data.
+        batch: samples in a batch.
+        rate: the highest learning rate.
+        peak_epoch: at the end of which epoch it is reached, starting and ending at zero; None for a constant rate.
+        momentum: of SGD.
+        weight_decay: of SGD.
         whole: whether only whole batches are taken; the last one of an epoch is smaller otherwise.
     """
 

@@ -21,8 +21,10 @@ class Claim:
     """A claim of the paper, and whether a run supports it.
 
     Attributes:
-        where: the section or figure that makes it. text: the claim. measure: what was measured to decide, and the
-            threshold. value: what came out, a number or a few words that hold numbers.
+        where: the section or figure that makes it.
+        text: the claim.
+        measure: what was measured to decide, and the threshold.
+        value: what came out, a number or a few words that hold numbers.
         supported: None where the run cannot tell; ``note`` then says why.
     """
 
@@ -46,7 +48,12 @@ class Claim:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of a study: ``file`` is relative to the study's folder."""
+    """A figure of a study: ``file`` is relative to the study's folder.
+
+    Attributes:
+        file: relative to the study's folder.
+        caption: below it.
+    """
 
     file: str
     caption: str
@@ -57,7 +64,11 @@ class Table:
     """Rows under named columns; None is an empty cell.
 
     Attributes:
-        name: of its file. title: above it. columns, rows: what it holds, JSON's plain types. note: below it.
+        name: of its file.
+        title: above it.
+        columns: their names.
+        rows: one cell a column each, of JSON's plain types.
+        note: below it.
 
     Example:
         >>> print(Table("t", "Title", ("model", "KL"), [["CNN", 1.2345e-6], ["other", None]]).markdown())

@@ -47,6 +47,12 @@ class ModularAddition:
 def modular_addition(p: int = 113, train: int = 4000, test: int = 2000, *, seed: int = 0) -> ModularAddition:
     """Draw disjoint train and test sets from the ``p (p + 1) / 2`` pairs with ``a >= b``.
 
+    Args:
+        p: the modulus.
+        train: how many pairs to train on.
+        test: how many other pairs to test with.
+        seed: of the draw.
+
     Raises:
         ValueError: more samples are asked for than pairs exist.
 

@@ -54,8 +54,13 @@ class Report:
     """What a study found.
 
     Attributes:
-        study: its name. title: of the page. summary: paragraphs of Markdown above everything.
-        claims, tables, pictures: what was found. settings: of the study; ``seed`` among them.
+        study: its name.
+        title: of the page.
+        summary: paragraphs of Markdown above everything.
+        settings: of the study; ``seed`` among them.
+        claims: of the paper, each with whether the run supports it.
+        tables: in the order of the page.
+        pictures: in the order of the page.
         checks: exactness, which does not depend on the paper: name -> (holds, what was measured).
         parts: part -> seconds, peak_bytes, attempts.
     """
@@ -84,7 +89,8 @@ class Report:
         """Write ``report.json``, ``tables/*.json`` and the page, ``README.md``; pictures are there already.
 
         Args:
-            folder: of the study. command: that made it, as somebody else would type it.
+            folder: of the study.
+            command: that made it, as somebody else would type it.
 
         Returns:
             The page.

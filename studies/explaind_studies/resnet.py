@@ -41,7 +41,9 @@ class ResNet9(nn.Module):
     batch are not coupled: a share of a gradient is one sample's own.
 
     Args:
-        width: w, the channels of the first convolution. classes: how many. scale: of the logits.
+        width: w, the channels of the first convolution.
+        classes: how many.
+        scale: of the logits.
         channels: of the images; 3 for coloured ones.
 
     Example:
@@ -98,8 +100,9 @@ def generated_images(n: int, seed: int = 0, *, noise: float = 0.5) -> tuple[Tens
     function of the pixels tells the classes apart.
 
     Args:
-        n: how many. seed: of all that is drawn; the global generator is left alone. noise: its standard deviation; the
-            grating's is 0.7 or less in each colour.
+        n: how many.
+        seed: of all that is drawn; the global generator is left alone.
+        noise: its standard deviation; the grating's is 0.7 or less in each colour.
 
     Returns:
         images ``[n, 3, 32, 32]`` float32, targets int64 ``[n]``.

@@ -30,13 +30,25 @@ class Setting:
     """Of the study of Table 1.
 
     Attributes:
-        experiments: which of ``MODELS``. seed: of data, initialisation and order of samples.
-        data: the folder of CIFAR-10, for the CNN; None: it learns scikit-learn's digits.
-        nodes: the rules of quadrature, of the Transformer and the CNN. tolerance: of the adaptive one.
+        experiments: which of ``MODELS``.
+        seed: of data, initialisation and order of samples.
+        data: the folder of CIFAR-10, for the CNN; None where it learns scikit-learn's digits.
+        nodes: the rules of quadrature, of the Transformer and the CNN.
+        tolerance: of the adaptive one.
         explained: how many test samples are rebuilt.
-        p, train, test, most_steps: the Transformer's task and training.
-        cnn_width, cnn_epochs, cnn_batch, cifar_batch: the CNN and its training; a batch of digits, and of CIFAR-2.
-        resnet_width, resnet_images, resnet_batch, resnet_explained, resnet_nodes: the check of size, an epoch long.
+        p: the modulus of the Transformer's task.
+        train: how many training samples the Transformer has.
+        test: how many test samples the Transformer has.
+        most_steps: where the Transformer's training stops at the latest.
+        cnn_width: channels of the CNN's first layer.
+        cnn_epochs: the CNN's passes over its data.
+        cnn_batch: samples in a batch of digits.
+        cifar_batch: samples in a batch of CIFAR-2.
+        resnet_width: channels of the first layer of the ResNet, which is the check of size, an epoch long.
+        resnet_images: how many images it is trained on.
+        resnet_batch: samples in one of its batches.
+        resnet_explained: how many test images are rebuilt.
+        resnet_nodes: the rules of quadrature they are rebuilt with.
     """
 
     experiments: tuple[str, ...] = MODELS
@@ -65,8 +77,13 @@ class Subject:
     """A model of the table.
 
     Attributes:
-        name: in ``experiments``. title, data: for the page. nodes: the rules of quadrature it is rebuilt with.
-        train: train it, recorded at a path. make: the bare model. inputs: test samples to explain.
+        name: what ``experiments`` calls it.
+        title: what the page calls it.
+        data: what it is trained on, for the page.
+        nodes: the rules of quadrature it is rebuilt with.
+        train: trains it, recorded at a path.
+        make: makes the bare model.
+        inputs: returns the test samples to explain.
     """
 
     name: str
@@ -94,6 +111,12 @@ class Subject:
 
     def verified(self, path: Path, nodes: int | str, tolerance: float, *, progress: bool) -> xr.Dataset:
         """Rebuild the predictions of the run at ``path`` and compare them with the model's.
+
+        Args:
+            path: where the recorded run lies.
+            nodes: the rule of quadrature.
+            tolerance: of the adaptive one.
+            progress: whether to show bars.
 
         Returns:
             The numbers of the verification; ``residual`` is the largest of each step.

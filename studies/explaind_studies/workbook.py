@@ -32,8 +32,10 @@ class Workbook:
 
     Args:
         folder: to be made, or made by the same study with the same settings before.
-        study: its name. settings: a dataclass or mapping of JSON's plain types: everything that the parts depend on.
-        console: for what is said on the way. progress: whether to show bars.
+        study: its name.
+        settings: a dataclass or mapping of JSON's plain types: everything that the parts depend on.
+        console: for what is said on the way.
+        progress: whether to show bars.
 
     Raises:
         StoreError: the folder holds another study, or one of other settings.
@@ -98,7 +100,9 @@ class Workbook:
         """A part of the study, computed unless it is there already; loaded.
 
         Args:
-            name: of its files. compute: how. about: a line that is printed before.
+            name: of its files.
+            compute: how.
+            about: a line that is printed before.
         """
         path = self.folder / "parts" / f"{name}.zarr"
         if not path.exists():

@@ -84,7 +84,10 @@ def cyclic(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray, p: int) ->
     """How much of a matrix is due to its rows, its columns, and to the difference of residues; and its frequency.
 
     Args:
-        matrix: ``[n, m]``. rows, columns: the residues mod p of its samples.
+        matrix: ``[n, m]``.
+        rows: the residues mod p of the samples of its rows, ``[n]``.
+        columns: those of its columns, ``[m]``.
+        p: the modulus.
 
     Returns:
         ``rows`` and ``columns``, the parts of the variance that their means explain; ``cyclic``, the part of what is

@@ -32,7 +32,9 @@ def fit(similarity: np.ndarray, values: np.ndarray, p: int, alpha: float) -> xr.
 
     Args:
         similarity: ``[n, n]``, of which the diagonal is left out, and NaN (samples that nothing influenced).
-        values: the samples' sums a + b. p: the largest period; the smallest is 2.
+        values: the samples' sums a + b.
+        p: the largest period; the smallest is 2.
+        alpha: weight of the penalty.
 
     Returns:
         ``cosine`` and ``sine`` over ``frequency``; ``predicted`` ``[n, n]``; ``r2``, ``intercept``, ``iterations``,

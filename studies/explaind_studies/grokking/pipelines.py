@@ -69,7 +69,10 @@ def train_from_parts(
     The training is the run's own: full batch, AdamW, the same data; everything is trained, what was taken over, too.
 
     Args:
-        book, subject: the study and its run. layers, step: what is taken over; ``()`` and None for nothing.
+        book: the study.
+        subject: its run.
+        layers: what is taken over; ``()`` for nothing.
+        step: after which step of the run; None for none.
         steps: the trainings' length, by default the setting's.
 
     Returns:

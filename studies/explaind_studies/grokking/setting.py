@@ -24,13 +24,18 @@ class GrokkingSetting(demo.Setting):
     """The study of section 5: a modular-addition experiment, and what is asked of it.
 
     Attributes:
-        explained: test samples whose predictions are explained. train_explained: training samples whose predictions
-            are (Figure 4's lower row). samples_at_once: explained in one pass of Figure 3a. tolerance: of its nodes.
-        window: steps before a stage. kernel_nodes: quadrature nodes of each step there.
-        restarts: seeds of the trainings from parts of checkpoints. restart_steps: their length. test_every: steps
-            between measurements of test accuracy there, and between swaps of layers.
-        alpha: weight of the lasso's penalty. memory: bytes that kernel slices may take.
+        explained: test samples whose predictions are explained.
+        train_explained: training samples whose predictions are explained (Figure 4's lower row).
+        window: steps before a stage.
+        kernel_nodes: quadrature nodes of each step there.
+        restarts: seeds of the trainings from parts of checkpoints.
+        restart_steps: their length.
+        test_every: steps between measurements of test accuracy there, and between swaps of layers.
+        alpha: weight of the lasso's penalty.
+        memory: bytes that kernel slices may take.
         experiments: which to run; the lasso needs the kernels.
+        samples_at_once: samples explained in one pass of Figure 3a.
+        tolerance: of its adaptive nodes.
     """
 
     explained: int = 500

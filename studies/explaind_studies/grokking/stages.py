@@ -24,8 +24,11 @@ class Stages:
     Attributes:
         memorised: the first step after which training accuracy is at least ``train_level``.
         generalised: the first after which test accuracy is at least ``test_level``.
-        last: the run's last step. train_level, test_level: 99 % and 100 % (or all but one sample in a thousand), or
-            99 % of the highest accuracy there is where a run does not get there: then ``grokked`` is False.
+        last: the run's last step.
+        train_level: 99 %, or 99 % of the highest accuracy there is where a run does not get there.
+        test_level: 100 % (or all but one sample in a thousand), or 99 % of the highest accuracy there is where a run
+            does not get there.
+        grokked: whether the run got there in both.
     """
 
     memorised: int

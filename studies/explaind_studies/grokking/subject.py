@@ -47,7 +47,9 @@ class Subject:
     """A grokked run and its data.
 
     Attributes:
-        setting: of the study. run: the recorded run, with its model. task: training and test samples.
+        setting: of the study.
+        run: the recorded run, with its model.
+        task: training and test samples.
     """
 
     setting: GrokkingSetting

@@ -94,7 +94,11 @@ def curves(model: ResNet9, importance: Tensor, task: Task, setting: Setting, see
     """Every way of pruning at every level, evaluated on the images kept for that.
 
     Args:
-        model: trained. importance: float64 ``[D']``, of all parameters but the output layer's.
+        model: trained.
+        importance: float64 ``[D']``, of all parameters but the output layer's.
+        task: the images.
+        setting: of the study.
+        seed: of the random choice, and of the order of samples in retraining.
 
     Returns:
         ``accuracy``, ``kl`` and ``pruned`` (the fraction that is zero, the output layer not counted) over

@@ -139,7 +139,15 @@ def apply(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 
 def retrain(model: ResNet9, masks: Mapping[str, Tensor], task: Task, setting: Setting, seed: int) -> None:
-    """Train what is left, in place, at a constant learning rate; what is pruned stays zero."""
+    """Train what is left, in place, at a constant learning rate; what is pruned stays zero.
+
+    Args:
+        model: pruned.
+        masks: name -> bool of the parameter's shape, what is left.
+        task: the images.
+        setting: of the study.
+        seed: of the order of samples.
+    """
     assert setting.batch is not None
     optimizer, loss = sgd(model, setting, setting.retrain_rate), nn.NLLLoss()
     generator = torch.Generator().manual_seed(seed)

@@ -80,7 +80,8 @@ def tables(curves: xr.Dataset, runs: Sequence[Mapping[str, float]]) -> list[Tabl
     """Accuracy and KL by method and level, and the networks with the exactness of their scores.
 
     Args:
-        curves: over (seed, way, level). runs: for every seed, what its row holds, by column.
+        curves: over (seed, way, level).
+        runs: for every seed, what its row holds, by column.
     """
     mean = curves.mean("seed")
     accuracy, kl = _spread(curves.accuracy), _spread(curves.kl)

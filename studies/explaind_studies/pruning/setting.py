@@ -24,14 +24,22 @@ class Setting:
     Attributes:
         data: the folder of CIFAR-10's python files; None for scikit-learn's digits.
         seed: of the first run; the others count on from it. It draws the split, the initialisation, the batches and the
-            random choice. seeds: how many runs.
-        width, batch: None for 64 and 256 with CIFAR-10, and 8 and 32 with digits.
-        epochs, peak, peak_epoch: the learning rate rises from 0 to ``peak`` at the end of epoch ``peak_epoch`` and
-            falls to 0 at the end. momentum, weight_decay: of SGD.
+            random choice.
+        seeds: how many runs.
+        width: channels of the network's first layer; None for 64 with CIFAR-10, and 8 with digits.
+        batch: samples in a batch; None for 256 with CIFAR-10, and 32 with digits.
+        epochs: passes over the data.
+        peak: the learning rate's highest value, to which it rises from 0; it falls to 0 at the end.
+        peak_epoch: at the end of which epoch it gets there.
+        momentum: of SGD.
+        weight_decay: of SGD.
         scored: how many samples importance is summed over; they are not in training, and accuracy is not measured on
-            them. nodes: of the quadrature, per step. samples_at_once: scored in one pass over the run.
+            them.
+        nodes: of the quadrature, per step.
+        samples_at_once: scored in one pass over the run.
         levels: fractions of parameters pruned, rising.
-        retrain_epochs, retrain_rate: of Li et al.: constant learning rate 0.001, a quarter of the epochs.
+        retrain_epochs: passes over the data in retraining; a quarter of the epochs, after Li et al.
+        retrain_rate: the constant learning rate of retraining, after Li et al.
     """
 
     data: str | None = None
