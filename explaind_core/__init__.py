@@ -10,7 +10,7 @@ from typing import Any
 from explaind_core import errors, operators
 from explaind_core.attribution import Plan, Verification, attribute, plan, verify
 from explaind_core.checkpoints import attribute_checkpoints, import_checkpoints
-from explaind_core.decomposition import decompose
+from explaind_core.decomposition import decompose, fit_inferred
 from explaind_core.derivatives import Activation, Chosen, Function, LogProbabilities, Loss, Output, Outputs
 from explaind_core.questions import Sample
 from explaind_core.recording import Recorder
@@ -55,6 +55,7 @@ __all__ = [
     "closure_error",
     "decompose",
     "errors",
+    "fit_inferred",
     "hookimpl",
     "import_checkpoints",
     "importance",

@@ -6,6 +6,7 @@ It may import run, store, training_step, rules and what these may import.
 from __future__ import annotations
 
 from explaind_core.decomposition.decompose import Decomposer, StepDecomposition, decompose
+from explaind_core.decomposition.fit_inferred import fit_inferred
 from explaind_core.decomposition.rule_view import FLAT, split_flat
 from explaind_core.decomposition.split import ParameterFilter, UpdateSplit, split_step
 from explaind_core.decomposition.tape import Tape
@@ -20,6 +21,7 @@ __all__ = [
     "UpdateSplit",
     "Updates",
     "decompose",
+    "fit_inferred",
     "split_flat",
     "split_step",
     "term_names",
