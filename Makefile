@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check bench optimizers matrix faults studies clean
+.PHONY: demo test test-slow check bench optimizers matrix faults docs studies clean
 
 demo: $(VENV)/installed
 	$(BIN)/explaind demo $(ARGS)
@@ -19,6 +19,7 @@ check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/stages.py --check
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/forward_mode.py
@@ -34,7 +35,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 optimizers: $(VENV)/installed
-	$(BIN)/python benchmarks/optimizers.py $(ARGS)
+	PYTHONPATH=tools $(BIN)/python benchmarks/optimizers.py $(ARGS)
+
+# The picture and the table in docs/architecture.md, from the imports.
+docs: $(VENV)/installed
+	$(BIN)/python tools/stages.py
 
 # Every model x loop feature x optimizer, as a table.
 matrix: $(VENV)/installed

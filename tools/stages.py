@@ -10,76 +10,17 @@ The rows are the layers of the import contract in pyproject.toml, which ``lint-i
 from __future__ import annotations
 
 import argparse
-import ast
-import hashlib
 import sys
-import tomllib
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-from import_graph import Package, circles, levels, reduced, upward
+from house import House
+from import_graph import Package, circles, levels, upward
 
-__all__ = ["House", "main", "mermaid", "numbers", "table", "with_stages"]
+__all__ = ["main", "mermaid", "numbers", "table", "with_stages"]
 
 BEGIN, END = "<!-- made by `make docs`: begin -->", "<!-- made by `make docs`: end -->"
 PICTURE = "architecture.svg"
-
-
-@dataclass(frozen=True)
-class House:
-    """Folders on their levels.
-
-    Attributes:
-        layers: names of folders and of files beside them, level by level, from the top.
-        imports: name -> the names that it imports, without those that another path implies.
-        purposes: name -> the first sentence of its docstring.
-        files: name -> how many modules it has; a face is none.
-    """
-
-    layers: Sequence[Sequence[str]]
-    imports: Mapping[str, Set[str]]
-    purposes: Mapping[str, str]
-    files: Mapping[str, int]
-
-    def __post_init__(self) -> None:
-        placed = sorted(name for row in self.layers for name in row)
-        if placed != sorted(self.imports):
-            raise ValueError(f"pyproject.toml places {placed}, the package has {sorted(self.imports)}")
-
-    @classmethod
-    def of(cls, root: Path) -> House:
-        """The house that lies in a folder: its imports, its contract."""
-        package = Package(root)
-        contracts = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-        (stages,) = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
-        folders = {name: imported for name, imported in package.folders.items() if name != "__init__"}
-        modules = [m for m in package.files if m != package.name and not package.is_face(m)]
-        return cls(
-            layers=[[name.strip() for name in row.split("|")] for row in stages],
-            imports=reduced(folders),
-            purposes={name: _purpose(package.files[f"{package.name}.{name}"]) for name in folders},
-            files={name: sum(package.folder(m) == name for m in modules) for name in folders},
-        )
-
-    def shown(self, name: str) -> str:
-        """A folder's name ends with a slash, a file's with its suffix."""
-        return name + ("/" if self.is_folder(name) else ".py")
-
-    def is_folder(self, name: str) -> bool:
-        """Whether a name is that of a folder."""
-        return (Path(__file__).parents[1] / "explaind_core" / name).is_dir()
-
-    @property
-    def digest(self) -> str:
-        """What the picture shows, as a short hash."""
-        drawn = [[[name, sorted(self.imports[name])] for name in row] for row in self.layers]
-        return hashlib.sha256(repr(drawn).encode()).hexdigest()[:16]
-
-
-def _purpose(path: Path) -> str:
-    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return " ".join(text.split("\n\n")[0].split())
 
 
 def mermaid(house: House) -> str:
@@ -99,7 +40,7 @@ def table(house: House) -> str:
     for level, row in zip(range(len(house.layers), 0, -1), house.layers, strict=True):
         for name in row:
             link = f"[{house.shown(name)}](../explaind_core/{house.shown(name)})"
-            lines.append(f"| {level} | {link} | {house.files[name]} | {house.purposes[name]} |")
+            lines.append(f"| {level} | {link} | {house.files.get(name, 1)} | {house.purposes[name]} |")
     return "\n".join(lines).replace(":func:", "").replace(":class:", "").replace(":mod:", "")
 
 
