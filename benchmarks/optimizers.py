@@ -1,6 +1,7 @@
 """Measures every rule: drawn trainings by the conformance kit, and 50 recorded steps of the demo's Transformer.
 
-Writes docs/optimizers.json (the numbers) and docs/optimizers.md (the table made from them and from the registry)::
+Writes docs/optimizers.json (the numbers) and docs/optimizers.md (the table made from them and from the registry, by
+tools/optimizer_tables.py; `make optimizers` puts tools/ on the path)::
 
     python benchmarks/optimizers.py                     # all rules, 200 drawn trainings for each family
     python benchmarks/optimizers.py --only AdamWRule --examples 20
@@ -21,12 +22,13 @@ import torch
 from torch import nn
 
 import explaind_core as explaind
-from explaind_core.conformance import catalogue, check_trials
+from explaind_core.conformance import check_trials
 from explaind_core.errors import ConformanceError
 from explaind_core.naming import qualified_name
 from explaind_core.plugins import default_registry
 from explaind_core.progress import track
 from explaind_studies.modular_addition import ModularTransformer, modular_addition
+from optimizer_tables import tables
 
 DOCS = Path(__file__).parent.parent / "docs"
 STEPS = 50
@@ -180,7 +182,7 @@ def main():
         print(f"{type(rule).__name__}: {time.perf_counter() - start:.0f} s")
     drawn = f"{known.get('examples')} drawn trainings of each family, and a quarter as many in float32"
     measured = f"Measured with torch {known.get('torch')}, {drawn}."
-    (DOCS / "optimizers.md").write_text(f"{HEAD}\n{measured}\n\n{catalogue(known['rules'])}")
+    (DOCS / "optimizers.md").write_text(f"{HEAD}\n{measured}\n\n{tables(known['rules'])}")
 
 
 if __name__ == "__main__":

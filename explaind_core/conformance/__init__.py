@@ -6,7 +6,6 @@ It may import recording, decomposition, run, rules and what these may import; sy
 from __future__ import annotations
 
 from explaind_core.conformance.cases import Case
-from explaind_core.conformance.catalogue import catalogue
 from explaind_core.conformance.one_case import Conformance, run_case
 from explaind_core.conformance.search import check_trials, check_update_rule
 from explaind_core.conformance.verdict import Verdict, check_plugin
@@ -15,7 +14,6 @@ __all__ = [
     "Case",
     "Conformance",
     "Verdict",
-    "catalogue",
     "check_plugin",
     "check_trials",
     "check_update_rule",

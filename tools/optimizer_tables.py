@@ -1,4 +1,4 @@
-"""The table of all registered rules, made from the registry: equations, coefficients, options, measured errors."""
+"""docs/optimizers.md from the registry of rules: equations, coefficients, options, measured errors."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 from explaind_core.errors import ProofError
 from explaind_core.naming import qualified_name
 from explaind_core.rules import Registry, UpdateRule, default_registry
+from explaind_core.symbolic import prove
 
-__all__ = ["catalogue", "lines_of_algebra"]
+__all__ = ["lines_of_algebra", "tables"]
 
 _KIT = ("one_step", "rollout", "alphas", "adjoints", "one_step_float32")
 
 
-def catalogue(measured: Mapping[str, Mapping[str, Any]], *, registry: Registry | None = None) -> str:
+def tables(measured: Mapping[str, Mapping[str, Any]], *, registry: Registry | None = None) -> str:
     """The rules as a Markdown page: one table of errors, one section a rule.
 
     Args:
@@ -25,7 +26,7 @@ def catalogue(measured: Mapping[str, Mapping[str, Any]], *, registry: Registry |
         registry: whose rules.
 
     Example:
-        >>> page = catalogue({})
+        >>> page = tables({})
         >>> "## SGD" in page
         True
     """
@@ -75,8 +76,6 @@ def _worst(families: Mapping[str, Mapping[str, Any]], name: str) -> str:
 
 def _proof(rule: UpdateRule) -> tuple[str, list[str]]:
     """A word for the table, and the closed forms."""
-    from explaind_core.symbolic import prove  # sympy is for proofs only
-
     try:
         proof = prove(rule)
     except ProofError as error:
