@@ -1,11 +1,11 @@
 """Measures every rule: drawn trainings by the conformance kit, and 50 recorded steps of the demo's Transformer.
 
 Writes docs/optimizers.json (the numbers) and docs/optimizers.md (the table made from them and from the registry, by
-tools/optimizer_tables.py; `make optimizers` puts tools/ on the path)::
+tools/optimizer_tables.py)::
 
-    python benchmarks/optimizers.py                     # all rules, 200 drawn trainings for each family
-    python benchmarks/optimizers.py --only AdamWRule --examples 20
-    python benchmarks/optimizers.py --page              # only makes the page anew
+    make optimizers                                     # all rules, 200 drawn trainings for each family
+    make optimizers ARGS="--only AdamWRule --examples 20"
+    make optimizers ARGS=--page                         # only makes the page anew
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ OPTIONS = {
 
 HEAD = """# All optimizers
 
-Made by `make optimizers` (`python benchmarks/optimizers.py`) from the registry and from measurements on this page's own
-versions (optimizers.json); do not edit by hand. Notation: [theory.md](theory.md).
+Made by `make optimizers` from the registry and from measurements on this page's own versions (optimizers.json); do not
+edit by hand. Notation: [theory.md](theory.md).
 
 - *one step*: largest distance of theta_{s-1} + declared update from the optimizer's own theta_s, over all drawn
   trainings (hyper-parameters, schedules, groups, shapes, missing and zero gradients, clipping), relative to

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import os
 import re
 import shutil
@@ -69,6 +70,22 @@ def test_the_public_names_are_those_of_the_contract():
     """A new one is entered above; testing and symbolic load when they are asked for."""
     assert {*explaind.__all__, "testing", "symbolic"} == set(PUBLIC)
     assert explaind.__all__ == sorted(explaind.__all__)
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        (
+            explaind.Run,
+            ["steps", "parameters", "theta", "hyper", "batch", "gradients", "buffers", "metrics", "rule_name"],
+        ),
+        (explaind.Verification, ["agreement", "kl", "max_error", "update_error", "nodes_used"]),
+        (explaind.Recorder, ["batch", "log", "flush", "stop", "close", "skipped"]),
+    ],
+)
+def test_what_scripts_ask_of_a_public_class_is_there(kind, names):
+    known = {*dir(kind), *kind.__annotations__, *re.findall(r"^ +(\w+): ", inspect.getdoc(kind), re.MULTILINE)}
+    assert set(names) <= known
 
 
 def test_the_losses_of_transformers_are_found_under_the_name_that_older_runs_have():
