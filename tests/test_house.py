@@ -141,6 +141,10 @@ def linted(folder):
             "hypothesis and sympy load behind testing and symbolic",
             "explaind_core.scores.grams -> sympy (l.{line})", id="weight",
         ),
+        pytest.param(
+            "scores/importance.py", "import matplotlib", ".* matplotlib behind plots",
+            "explaind_core.scores.importance -> matplotlib (l.{line})", id="pictures",
+        ),
     ],
 )  # fmt: skip
 def test_an_import_against_the_contract_is_named(tmp_path, file, line, contract, named):

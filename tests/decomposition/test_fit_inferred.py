@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -106,6 +108,16 @@ def test_fitting_finds_the_filter(kind, options, momentum, preconditioner, decay
     assert rule.momentum == pytest.approx(momentum, abs=0.01)
     assert (rule.preconditioner, rule.decay, rule.nesterov) == (preconditioner, decay, False)
     assert not rule.force
+
+
+def test_the_function_and_the_rules_own_method_are_one():
+    @dataclass(frozen=True)
+    class Mine(explaind.InferredRule):
+        """A kind of its own, which the fitted rule must be of."""
+
+    run = trained(steps=4)
+    assert explaind.fit_inferred(run, steps=3, bound=0.2) == explaind.InferredRule.fit(run, steps=3, bound=0.2)
+    assert type(explaind.fit_inferred(run, steps=3, kind=Mine)) is type(Mine.fit(run, steps=3)) is Mine
 
 
 def test_nothing_fits_an_optimizer_that_ignores_its_gradient():
