@@ -30,15 +30,15 @@ class SeenCall:
     """One call of the model with gradients enabled.
 
     Attributes:
-        args: the positional arguments that it was called with.
-        kwargs: the keywords that it was called with.
+        args: what it was called with by position.
+        kwargs: what it was called with by name.
         extra: what was taken out of the keywords before.
         output: what it returned.
-        gradients: those at the tensors in ``output``, by their position in ``trees.leaves(output)``, once the backward
-            pass has run.
-        value: the loss that the model returned, 0-d; None where it returned none.
-        factor: the gradient at that loss: the factor of what it was trained on.
-        autocast: device and dtype of autocast at the call.
+        gradients: at the tensors in the output, by their position in ``trees.leaves(output)``, once the backward pass
+            has run.
+        value: of a loss that the model returned.
+        factor: the gradient at that loss: by what it was multiplied where it was trained on.
+        autocast: device and dtype of autocast at the call; None where it was off.
     """
 
     args: tuple[Any, ...]
@@ -51,10 +51,16 @@ class SeenCall:
     autocast: tuple[str, torch.dtype] | None = None
 
     def inputs(self, module: nn.Module) -> Any:
-        """What the model was called with as ``recorder.batch`` takes it: a tensor, a tuple, or a dict of keywords.
+        """What the model was called with as ``recorder.batch`` takes it.
+
+        Args:
+            module: the model, whose ``forward`` names its arguments.
+
+        Returns:
+            A tensor, a tuple, or a dict of keywords.
 
         Raises:
-            RecordingError: keywords stand beside arguments that have no name.
+            RecordingError: there are keywords, and arguments that have no name.
         """
         if not self.kwargs:
             alone = len(self.args) == 1 and isinstance(self.args[0], Tensor)
@@ -85,10 +91,13 @@ class SeenCall:
         The inverse of a whole number is taken as that.
 
         Args:
-            loss: the declared ``loss(output, target)``.
-            targets: the declared targets.
-            where: what the batch is, for errors.
-            total: the loss that ``backward()`` was called on; None where it is not known.
+            loss: the declared one.
+            targets: of the batch, as declared.
+            where: which batch it is, for errors.
+            total: the loss that ``backward()`` was called on, where it is known.
+
+        Returns:
+            The factor w.
 
         Raises:
             RecordingError: there is no such w: the model was trained on another loss.
@@ -199,7 +208,11 @@ class CallWatch:
         return self  # copies of the model have the hooks too, but are not watched
 
     def finished(self) -> list[SeenCall]:
-        """The calls since the last time that a backward pass has reached; others were evaluations."""
+        """The calls since the last time that a backward pass has reached; others were evaluations.
+
+        Returns:
+            In order; they are forgotten here.
+        """
         found, self._calls = [call for call in self._calls if call.gradients], []
         return found
 

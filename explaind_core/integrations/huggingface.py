@@ -209,6 +209,12 @@ def returning_logits(model: nn.Module) -> nn.Module:
     Then outputs and losses need no further word: ``verify(run, inputs)``, ``Chosen(labels)``. Parameters keep their
     names.
 
+    Args:
+        model: of ``transformers``; it is left as it is.
+
+    Returns:
+        The copy.
+
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
         >>> config = BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1)

@@ -29,12 +29,12 @@ __all__ = ["NamedBatch", "RecorderCallback", "named"]
 
 
 class NamedBatch(NamedTuple):
-    """A loader's own batch, ``data``, and its samples; ``training_step`` is given ``data`` alone.
+    """A loader's own batch, and its samples; ``training_step`` is given ``data`` alone.
 
     Attributes:
-        ids: its samples' ids, int64 ``[n]``.
-        draws: which draw of each sample it is, int64 ``[n]``.
-        data: what the loader returned.
+        ids: the positions of its samples in the dataset, int64 ``[n]``.
+        draws: which draw of each, int64 ``[n]``.
+        data: what the loader's collator made.
     """
 
     ids: Tensor
@@ -44,6 +44,12 @@ class NamedBatch(NamedTuple):
 
 def named(loader: DataLoader[Any]) -> DataLoader[Any]:
     """The same loader, its batches' samples named for the callback (see :func:`explaind_core.data.with_ids`).
+
+    Args:
+        loader: of any dataset whose samples have positions.
+
+    Returns:
+        A loader of :class:`NamedBatch`.
 
     Example:
         >>> data = [(torch.tensor([float(i)]), i % 2) for i in range(3)]

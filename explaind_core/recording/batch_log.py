@@ -24,14 +24,14 @@ class BatchLog:
     """The batches declared since the last step.
 
     Args:
-        store: where contents are written.
-        train_size: how many training samples there are, which bounds ids; None where it is not known.
-        inputs: ``"stored"``, ``"reread"``, or the dataset that they will be read again from.
+        store: where contents go.
+        train_size: the number of training samples, which ids lie below; None where it is not known.
+        inputs: how they are kept: ``"stored"``, ``"reread"``, or the dataset that they will be read again from.
 
     Attributes:
         entries: one per micro-batch: where its content lies (``key``) and its ``weight``.
-        ids: its sample ids.
-        forwards: how the model stood when it was passed through, None where no pass was seen.
+        ids: the sample ids of each, int64 ``[n]``.
+        forwards: how the model stood when each was passed through, None where no pass was seen.
         keeps_contents: whether contents are kept until the step is over.
         contents: inputs and targets of each, where they are kept.
         reread: what tells a batch that is not stored, but will be read again: draws and hashes of its samples.
@@ -62,7 +62,11 @@ class BatchLog:
         self.reread = []
 
     def tensors(self) -> dict[str, Tensor]:
-        """The ids and the random states, as a step file holds them."""
+        """What a step file holds of the batches.
+
+        Returns:
+            The ids, the random states and what is needed to read a batch again, by their names in the file.
+        """
         found = {f"ids/{index}": ids for index, ids in enumerate(self.ids)}
         for index, forward in enumerate(self.forwards):
             found |= {f"rng/{index}/{device}": state for device, state in (forward.rng if forward else {}).items()}
@@ -71,14 +75,25 @@ class BatchLog:
         return found
 
     def headers(self) -> list[dict[str, Any]]:
-        """The entries, with how the model stood, as a step's header holds them."""
+        """What a step's header holds of the batches.
+
+        Returns:
+            The entries, with how the model stood.
+        """
         return [
             entry if forward is None else {**entry, "forward": forward.header()}
             for entry, forward in zip(self.entries, self.forwards, strict=True)
         ]
 
     def fingerprint(self, before: str) -> str:
-        """A digest over the contents, ids and weights of all batches so far; ``before`` is that of the last step."""
+        """A digest over the contents, ids and weights of all batches so far.
+
+        Args:
+            before: that of the last step.
+
+        Returns:
+            That of the coming one, 32 hexadecimal digits.
+        """
         digest = xxh3_128(before.encode())
         for entry, ids in zip(self.entries, self.ids, strict=True):
             digest.update(f"{entry['key']} {entry['weight']!r} ".encode())
@@ -86,14 +101,14 @@ class BatchLog:
         return str(digest.hexdigest())
 
     def assign_passes(self, after: ForwardState | None, scale: float | None = None) -> None:
-        """Give every batch its pass, once the gradient is there; ``after`` is the pass behind the last batch.
+        """Give every batch its pass, once the gradient is there.
 
         A batch is declared behind its pass, or before it. In the second case no pass stands before the first batch and
         one stands behind each; where neither holds, no pass is known to be of a batch.
 
         Args:
-            after: the pass behind the last batch, None where there was none.
-            scale: what a gradient scaler told the optimizer, for all batches; None leaves each batch its declared one.
+            after: the pass behind the last batch, if one was seen.
+            scale: what a gradient scaler told the optimizer; None where it told nothing.
         """
         if scale is not None:
             self._scales = [scale] * len(self._scales)
@@ -109,8 +124,8 @@ class BatchLog:
         """Drop the entries from ``first`` on: a closure that is evaluated again declares its batch again.
 
         Args:
-            first: how many entries stood before this evaluation of the closure.
-            step: s, for the error.
+            first: the number of entries that were declared before.
+            step: the number of the coming step, for the error.
 
         Raises:
             RecordingError: they are not the batch that was declared before.
@@ -144,17 +159,17 @@ class BatchLog:
         """Check one micro-batch and store its content; see :meth:`explaind_core.Recorder.batch`.
 
         Args:
-            inputs: what the model is called with.
+            inputs: what the model was called with.
             targets: the loss's second argument.
-            ids: one integer a sample, 1-d.
-            weight: by which the batch's loss is multiplied.
-            step: the coming step, for errors.
-            forward: how the model stood in the batch's pass; None where no pass was seen.
-            scale: the factor of a ``GradScaler`` in the loss; 1 without one.
-            draws: which draw of each sample it is, one integer a sample; None where they are the same at every reading.
+            ids: one integer per sample.
+            weight: the factor of its loss.
+            step: the number of the coming step, for errors.
+            forward: how the model stood when it was passed through, if that was seen.
+            scale: the factor of a gradient scaler beyond the weight.
+            draws: which draws of the samples, where they are read again.
 
         Raises:
-            RecordingError: ids, weight or content are not what a batch can have.
+            RecordingError: ids are not one integer per sample, or out of range; the content cannot be stored.
         """
         where = f"batch of step {step}"
         try:

@@ -33,10 +33,10 @@ def check_mode(
     """Refuse a mode that cannot record this training.
 
     Args:
-        mode: ``"steps"`` or one that computes gradients again.
+        mode: as the Recorder was given it.
         subject: the model and its optimizers.
-        loss: as the Recorder was given.
-        gradient: as the Recorder was given.
+        loss: as the Recorder was given it.
+        gradient: likewise.
 
     Raises:
         RecordingError: there is no such mode; in a mode that computes gradients again, the optimizer iterates inside a
@@ -78,10 +78,10 @@ class EarlyCheck:
 
     Args:
         subject: the model and its optimizer.
-        mode: what is written of a step; not ``"steps"``.
-        loss: as the Recorder was given.
-        gradient: as the Recorder was given.
-        penalty: as the Recorder was given.
+        mode: of the recording, not ``"steps"``.
+        loss: as the Recorder was given it.
+        gradient: likewise.
+        penalty: likewise.
 
     Attributes:
         recipe: how the loop rounds, as the last checked step showed.
@@ -101,7 +101,14 @@ class EarlyCheck:
         self.recipe = Recipe()
 
     def due(self, step: int) -> bool:
-        """Whether this step is to be computed again: the first one seen, powers of two, every thousandth."""
+        """Whether a step is to be computed again: the first one seen, powers of two, every thousandth.
+
+        Args:
+            step: its number.
+
+        Returns:
+            Whether it is.
+        """
         return not self._checked or step & (step - 1) == 0 or step % _EVERY == 0
 
     def check(
@@ -116,13 +123,13 @@ class EarlyCheck:
 
         Args:
             batch: the micro-batches that were declared.
-            buffers: the model's buffers before the pass.
+            buffers: copies of the buffers before the pass.
             fed: the gradients that the optimizer is about to be fed.
-            clips: as declared.
-            step: the coming step, for the error.
+            clips: how they were clipped, as declared.
+            step: the number of the coming step, for errors.
 
         Raises:
-            RecordingError: it is another one.
+            RecordingError: it comes out as another one.
         """
         try:
             model = plain_copy(self._subject.model)  # what it computes if nothing is compiled
@@ -155,6 +162,10 @@ class EarlyCheck:
 
     def check_reading(self, path: Any, **options: Any) -> None:
         """Read the first step back as :func:`explaind_core.open_run` will: the optimizer's part of it as well.
+
+        Args:
+            path: of the run.
+            options: further ones of ``open_run``.
 
         Raises:
             RecordingError: it does not come out as it was recorded.
@@ -208,11 +219,14 @@ def _compared(differing: Sequence[str], found: Mapping[str, Tensor], fed: Mappin
 
 
 def no_pass(mode: str, step: int) -> RecordingError:
-    """The model was not seen being called.
+    """The error for a model that was not seen being called.
 
     Args:
         mode: of the recording.
-        step: the coming step.
+        step: the number of the coming step.
+
+    Returns:
+        The error, to be raised.
     """
     return RecordingError(
         "the model was not called between the last step and this one, so that it cannot be computed again",

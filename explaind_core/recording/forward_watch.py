@@ -48,9 +48,12 @@ class ForwardWatch:
         self._handles = [module.register_forward_pre_hook(self._before) for module in self._watched]
 
     def take(self) -> ForwardState | None:
-        """How the model stood before the first pass since the last call; None if there was none.
+        """How the model stood before the first pass since the last call.
 
         A random state is kept only where the generator has been drawn from since: by the model, or by the loss.
+
+        Returns:
+            None where there was no pass.
         """
         seen, self._seen = self._seen, None
         if seen is None:

@@ -28,9 +28,9 @@ class Evaluation:
     """One evaluation of the closure.
 
     Attributes:
-        theta: the parameters at which it was.
-        loss: what the closure returned.
-        gradients: by parameter name; a missing one is left out.
+        theta: the parameters at which it was made, by name.
+        loss: what it returned.
+        gradients: by parameter; a missing one is left out.
     """
 
     theta: Mapping[str, Tensor]
@@ -59,7 +59,7 @@ class IterationSplitter:
     """Follows an optimizer through its inner iterations.
 
     Args:
-        rule: its rule, which counts iterations and knows how to ask for one.
+        rule: the optimizer's rule, which counts iterations and knows how to ask for one.
         optimizer: as it stands when recording begins.
         parameters: the model's, by name.
     """
@@ -79,7 +79,14 @@ class IterationSplitter:
             self._shadow.state[self._parameters[names[id(parameter)]]] = _cloned(dict(entries))
 
     def count(self, optimizer: torch.optim.Optimizer) -> int:
-        """How many iterations ``optimizer`` has made in all."""
+        """How many iterations an optimizer has made in all.
+
+        Args:
+            optimizer: the recorded one.
+
+        Returns:
+            Their number, over all of its steps.
+        """
         merged: dict[str, Any] = {}
         for entries in optimizer.state.values():
             merged |= entries
@@ -93,14 +100,17 @@ class IterationSplitter:
         step: int,
         snapshot_every: int,
     ) -> list[Iteration]:
-        """The ``count`` iterations of one call of ``step(closure)``; the first one is step ``step``.
+        """Split one call of ``step(closure)`` into its iterations.
 
         Args:
-            evaluations: all of the call, in order.
-            groups: the hyper-parameters of its groups.
+            evaluations: of its closure, in order.
+            groups: the hyper-parameters before it.
             count: how many iterations it made.
-            step: the number of the first of them.
+            step: the number of the first of them as a recorded step.
             snapshot_every: states are kept of those whose step is a multiple of it.
+
+        Returns:
+            ``count`` iterations.
 
         Raises:
             RecordingError: the evaluations do not lead to ``count`` iterations.

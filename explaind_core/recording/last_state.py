@@ -95,7 +95,11 @@ class LastState(ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """What the step's file keeps of this state: ``theta/``, ``buffer/`` and ``evaluated/`` with their names."""
+        """What the step's file keeps of this state.
+
+        Returns:
+            By name: ``theta/``, ``buffer/`` and ``evaluated/`` with those of parameters and buffers.
+        """
 
     @abstractmethod
     def snapshot(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -134,11 +138,19 @@ class LastState(ABC):
 
     @abstractmethod
     def moved_buffers(self) -> dict[str, Tensor]:
-        """Copies of the buffers, by name, that do not stand here any more; where only hashes are kept, of all then."""
+        """The buffers that do not stand here any more.
+
+        Returns:
+            Copies by name; where only hashes are kept, of all buffers as soon as one has moved.
+        """
 
     @abstractmethod
     def parameters_now(self) -> dict[str, Tensor]:
-        """Where the parameters stand now, as :meth:`after` takes them: copies, where copies are kept."""
+        """Where the parameters stand now, as :meth:`after` takes them.
+
+        Returns:
+            By name: copies, where copies are kept; else the parameters themselves.
+        """
 
     @abstractmethod
     def after(
@@ -191,7 +203,7 @@ class CopiedState(LastState):
         return tensors | {f"evaluated/{n}": t for n, t in self.subject.evaluated(self.parameters).items()}
 
     def snapshot(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Nothing: the step's own file holds it."""
+        """See :meth:`LastState.snapshot`: nothing, since the step's own file holds it."""
         return {}, {}
 
     def check_untouched(self, how: str, *, moved: Mapping[str, Tensor | None] = NOTHING) -> None:
@@ -202,7 +214,7 @@ class CopiedState(LastState):
                 raise _touched(how, self.step, f"parameter {name!r}")
 
     def difference(self) -> str | None:
-        """The first parameter that stands elsewhere; buffers may have moved, which the next step notes."""
+        """See :meth:`LastState.difference`: a parameter; buffers may have moved, which the next step notes."""
         for name, parameter in self.subject.parameters.items():
             if not self._stands(self.parameters[name], parameter.detach().cpu(), exact=False):
                 return f"parameter {name!r}"
@@ -220,7 +232,7 @@ class CopiedState(LastState):
         return _different(self.subject.buffers(), self.buffers)
 
     def parameters_now(self) -> dict[str, Tensor]:
-        """Copies of all parameters."""
+        """See :meth:`LastState.parameters_now`."""
         return self.subject.theta()
 
     def after(
@@ -259,11 +271,11 @@ class HashedState(LastState):
         return {"theta_hash": self.theta_hash, "buffer_hash": self.buffer_hash}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Nothing: snapshots hold them."""
+        """See :meth:`LastState.tensors`: nothing, since snapshots hold them."""
         return {}
 
     def snapshot(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Where the model stands, and which parameters were trained up to now."""
+        """See :meth:`LastState.snapshot`: where the model stands, and which parameters were trained up to now."""
         self._check_frozen()
         theta = {n: copied(p) for n, p in self.subject.parameters.items() if n in self.trained}
         tensors = {f"theta/{n}": t for n, t in theta.items()}
@@ -297,11 +309,11 @@ class HashedState(LastState):
                 raise _frozen_moved(f"{name!r}, up to step {self.step}")
 
     def moved_buffers(self) -> dict[str, Tensor]:
-        """Copies of all buffers, where one of them changed."""
+        """See :meth:`LastState.moved_buffers`."""
         return self.subject.buffers() if _buffer_hash(self.subject) != self.buffer_hash else {}
 
     def parameters_now(self) -> dict[str, Tensor]:
-        """The parameters themselves, which are only looked at."""
+        """See :meth:`LastState.parameters_now`: they are only looked at."""
         return {name: parameter.detach() for name, parameter in self.subject.parameters.items()}
 
     def after(
@@ -310,7 +322,10 @@ class HashedState(LastState):
         parameters: Mapping[str, Tensor],  # noqa: ARG002
         buffers: Mapping[str, Tensor] | None = None,  # noqa: ARG002
     ) -> HashedState:
-        """The hashes of the model as it stands: what was never trained is looked at behind every snapshot only."""
+        """See :meth:`LastState.after`: the hashes of the model as it stands.
+
+        Parameters that were never trained are looked at behind every snapshot only.
+        """
         names = self.trained.union(trained)
         hashes = _theta_hash(self.subject, names), _buffer_hash(self.subject)
         return HashedState(self.subject, self.step + 1, names, *hashes, self.start_hashes)

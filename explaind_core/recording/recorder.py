@@ -236,8 +236,8 @@ class Recorder:
         This calls ``torch.nn.utils.clip_grad_norm_``; :meth:`gradient_factor` is told by what it multiplied.
 
         Args:
-            max_norm: the largest norm that stays.
-            norm_type: of the norm, 2 by default.
+            max_norm: the largest norm that is left.
+            norm_type: of which norm, 2 for the Euclidean one.
 
         Returns:
             The norm before clipping, ``[]``.
@@ -250,6 +250,9 @@ class Recorder:
         """Clip every entry of the gradient of all trained parameters to ``[-clip_value, clip_value]``, and keep that.
 
         This calls ``torch.nn.utils.clip_grad_value_``.
+
+        Args:
+            clip_value: the largest size of an entry that is left.
         """
         nn.utils.clip_grad_value_(self._subject.trained(), clip_value)
         self.clipped(value=clip_value)
@@ -265,10 +268,9 @@ class Recorder:
         """Declare that somebody else (a training framework) clipped the coming step's gradient as torch does.
 
         Args:
-            norm: the largest norm of all trained parameters' gradients together, of type ``norm_type``; None where no
-                norm was clipped.
-            norm_type: of the norm, 2 by default.
-            value: the largest entry, clipped after the norm; None where no entries were clipped.
+            norm: by the norm of all trained parameters' gradients: the largest that was left.
+            norm_type: of which norm, 2 for the Euclidean one.
+            value: entry by entry, after that: the largest size that was left.
             found: the norm before clipping, which ``clip_grad_norm_`` returned, if it is known.
 
         Raises:
@@ -281,6 +283,9 @@ class Recorder:
 
         ``clip_grad_norm_(parameters, c)`` returns the norm n it found; its factor is ``min(1, c / (n + 1e-6))``.
         The recorder keeps the gradient as fed; the factor is needed to compare it with the samples' own gradients.
+
+        Args:
+            factor: what all gradients were multiplied by.
 
         Raises:
             NonFiniteError: the factor is NaN or infinite.
@@ -298,6 +303,9 @@ class Recorder:
         """Keep numbers (a loss, an accuracy) with the last finished step; ``run.metrics`` returns them.
 
         With several optimizers they belong to the round that the last step is part of.
+
+        Args:
+            metrics: by name, any number of them; a 0-d tensor counts as a number.
 
         Raises:
             NonFiniteError: one of them is NaN or infinite.

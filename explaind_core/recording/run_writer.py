@@ -28,16 +28,17 @@ class RunWriter:
     """Appends steps to a run store.
 
     Args:
-        store: the run on disk.
-        subject: the model, its optimizers and rules.
-        snapshot_every: steps from one stored optimizer state to the next.
+        store: the run's files.
+        subject: the model and its optimizers.
+        snapshot_every: the optimizer's state is kept after every that many steps.
         mode: what is written of a step: see :class:`explaind_core.Recorder`.
-        write_behind: how many steps may wait to be written, by a thread beside the loop; 0 writes each at once.
+        write_behind: so many steps may wait to be written.
 
     Attributes:
         last: where the last finished step left the model; set by :meth:`start`, or where a run is resumed.
         queue: the files of finished steps that are not written yet.
         threads: torch's, when the run was begun.
+        data: the fingerprint of all batches so far.
     """
 
     last: LastState
@@ -68,10 +69,10 @@ class RunWriter:
         """Write theta_0, the optimizer's state and the manifest.
 
         Args:
-            loss: as the Recorder was given.
-            train_size: how many training samples there are, None where it is not known.
-            overwrite: whether a run that is there is deleted.
-            penalty: as the Recorder was given.
+            loss: the training loss, whose name is kept.
+            train_size: the number of training samples, if it is known.
+            overwrite: whether a run that is there already is deleted.
+            penalty: what the loop adds to the loss, whose name is kept.
 
         Raises:
             StoreError: there is something at the path already, or it cannot be written.
@@ -167,15 +168,16 @@ class RunWriter:
         """Write one finished step.
 
         Args:
-            seen: what was seen of the step.
-            theta: the parameters after it.
-            batches: the batches declared for it.
+            seen: the step.
+            theta: the parameters after it; those that are left out stand where they stood before.
+            batches: the batches that its gradient is of.
             factor: what multiplied its gradient.
-            state: the optimizer's state after it; None for the present one.
-            buffers: the model's buffers after it; None for the present ones.
+            state: the optimizer's state after it, where that is not the present one.
+            buffers: copies of the model's buffers after it, where these are not the present ones.
 
         Raises:
             NonFiniteError: a parameter became NaN or infinite.
+            RecordingError: a parameter changed that no optimizer trains.
             StoreError: it cannot be written.
         """
         try:
@@ -226,7 +228,11 @@ class RunWriter:
         return {"state": structure}, {f"state/{key}": tensor for key, tensor in tensors.items()}
 
     def snapshot(self, state: Mapping[str, Mapping[str, Any]] | None) -> None:
-        """Write where the model and the optimizers stand: what a later replay, or training, goes on from."""
+        """Write where the model and the optimizers stand: what a later replay, or training, goes on from.
+
+        Args:
+            state: the optimizer's state; None for the present one.
+        """
         header, tensors = self._state(state)
         kept_header, kept_tensors = self.last.snapshot()
         copies = {name: copied(tensor) for name, tensor in tensors.items()}

@@ -16,6 +16,9 @@ __all__ = ["ScalerWatch", "check_scaler"]
 def check_scaler(scaler: object) -> None:
     """Refuse what is no gradient scaler; None is none.
 
+    Args:
+        scaler: what the Recorder was given.
+
     Raises:
         RecordingError: it has no ``step`` and ``update``.
     """
@@ -32,9 +35,9 @@ class ScalerWatch:
     of which optimizer; so ``step`` of this one scaler is wrapped, until :meth:`close`.
 
     Args:
-        scaler: that of the training loop.
+        scaler: the loop's.
         optimizers: those that are recorded.
-        skipped: called with the optimizer's number, counted from 0, when its step is skipped.
+        skipped: called with the number of the one that was skipped, counted from 0.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)

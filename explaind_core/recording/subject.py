@@ -21,13 +21,17 @@ class Subject:
     """A model, its optimizers, and the rules that speak for them.
 
     Args:
-        model: the model.
-        optimizers: one, or several, in the order in which they were given.
+        model: any module, compiled or not.
+        optimizers: one, or several.
         registered: the rule of each.
 
     Attributes:
+        model: as it was given.
+        optimizers: in the order in which they were given.
+        registered: their rules, likewise.
         rule: the only rule, or all of them as one (:class:`explaind_core.rules.JointRule`).
         parameters: the model's, by their names in the plain model, if it is compiled.
+        names: the name of every parameter, by its ``id``.
 
     Raises:
         RecordingError: an optimizer trains tensors that are not parameters of ``model``, or complex ones; two of
@@ -62,11 +66,22 @@ class Subject:
         return len(self.optimizers) > 1
 
     def owner(self, name: str) -> int | None:
-        """Which optimizer trains a parameter, counted from 0; None where none does."""
+        """Which optimizer trains a parameter.
+
+        Args:
+            name: of the parameter.
+
+        Returns:
+            Its number, counted from 0; None where none does.
+        """
         return self._owners.get(name)
 
     def described(self) -> dict[str, Any]:
-        """The optimizer and its rule as the manifest has them; of several, their names joined, and each one's own."""
+        """The optimizer and its rule as the manifest has them.
+
+        Returns:
+            JSON; of several, their names joined, and each one's own.
+        """
         each = [_described(o, r) for o, r in zip(self.optimizers, self.registered, strict=True)]
         if not self.joint:
             return each[0]
@@ -77,15 +92,27 @@ class Subject:
         return {"optimizer": names, "rule": {**rule, "settings": {}}, "optimizers": each}
 
     def theta(self) -> dict[str, Tensor]:
-        """Copies of all parameters as they stand."""
+        """Copies of all parameters as they stand.
+
+        Returns:
+            By name, in main memory.
+        """
         return {name: copied(parameter) for name, parameter in self.parameters.items()}
 
     def buffers(self) -> dict[str, Tensor]:
-        """Copies of all buffers as they stand."""
+        """Copies of all buffers as they stand.
+
+        Returns:
+            By name, in main memory.
+        """
         return {plain_name(name): copied(buffer) for name, buffer in self.model.named_buffers()}
 
     def trained(self) -> list[nn.Parameter]:
-        """The parameters in the optimizers' groups, in the model's order."""
+        """The parameters in the optimizers' groups.
+
+        Returns:
+            In the model's order.
+        """
         held = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
         return [p for p in self.parameters.values() if id(p) in held]
 
@@ -124,9 +151,15 @@ class Subject:
             )
 
     def groups(self) -> list[dict[str, Any]]:
-        """Every group's hyper-parameters as they stand, with the names of its parameters, checked against its rule.
+        """Every group's hyper-parameters as they stand, checked against its rule.
 
-        With several optimizers the groups of all, one optimizer behind the other, each with its optimizer's number.
+        Returns:
+            One entry a group, with the names of its parameters; with several optimizers the groups of all, one
+            optimizer behind the other, each with its optimizer's number.
+
+        Raises:
+            UnsupportedOptionError: an optimizer uses an option that its rule does not model.
+            RecordingError: a group has an entry of the name that tells optimizers apart.
         """
         groups = []
         for member, (optimizer, registered) in enumerate(zip(self.optimizers, self.registered, strict=True)):
@@ -153,7 +186,11 @@ class Subject:
             )
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """The optimizers' state by parameter name."""
+        """The optimizers' state as it stands.
+
+        Returns:
+            The entries of every parameter, by its name.
+        """
         return {
             self.names[id(parameter)]: dict(entries)
             for optimizer in self.optimizers
@@ -162,7 +199,14 @@ class Subject:
         }
 
     def outside(self, last: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state entries that gradients alone do not give, where they differ from ``last``: ``entry/parameter``."""
+        """The state entries that gradients alone do not give, where they changed.
+
+        Args:
+            last: what this returned before, all calls together.
+
+        Returns:
+            Copies, as ``entry/parameter``.
+        """
         found = {}
         for name, entries in self.state().items() if self.rule.outside else ():
             for entry in self.rule.outside:
@@ -172,7 +216,14 @@ class Subject:
         return found
 
     def evaluated(self, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Where the model is evaluated when training stands at ``theta``, for optimizers where these differ."""
+        """Where the model is evaluated, for optimizers for which that is elsewhere than where training stands.
+
+        Args:
+            theta: where training stands, by parameter.
+
+        Returns:
+            Copies by parameter; empty where these do not differ.
+        """
         if not self.rule.evaluates_elsewhere:
             return {}
         state, found = self.state(), {}

@@ -16,13 +16,13 @@ __all__ = ["Batch", "MicroBatch"]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One declared batch of n samples.
+    """One declared batch.
 
     Attributes:
-        ids: its samples' ids, int64 ``[n]``.
-        inputs: as declared: what the model is called with.
-        targets: as declared: the loss's second argument.
-        weight: by which its loss was multiplied before ``backward()``.
+        ids: which training samples it holds, int64 ``[n]``.
+        inputs: what the model was called with, as declared.
+        targets: the loss's second argument, as declared.
+        weight: the factor of its loss.
         forward: how the model stood when it was passed through; None where no pass was seen.
     """
 
@@ -38,7 +38,7 @@ class Batch:
     """All micro-batches whose gradients one step was fed.
 
     Attributes:
-        micro: the micro-batches, in the order in which they were declared.
+        micro: in the order in which they were declared.
     """
 
     micro: tuple[MicroBatch, ...]

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-
-if TYPE_CHECKING:
-    pass
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 __all__ = ["differences", "environment", "git_commit", "provenance", "threads"]
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, threads, instruction set and settings, as JSON.
+
+    Args:
+        device: where the model lies.
+
+    Returns:
+        JSON.
 
     Example:
         >>> environment(torch.device("cpu"))["torch"] == torch.__version__
@@ -46,8 +47,11 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs, in words.
 
     Args:
-        then: an :func:`environment`.
-        now: another one.
+        then: the environment of the recording.
+        now: that of the present.
+
+    Returns:
+        One sentence part a difference.
 
     Example:
         >>> differences({"torch": "2.6", "threads": 2}, {"torch": "2.13", "threads": 2})
@@ -60,6 +64,12 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """Compute with ``count`` threads: sums in another order have other last bits.
+
+    Args:
+        count: how many; what it was before is set again on leaving.
+
+    Yields:
+        Nothing.
 
     Example:
         >>> with threads(1):
@@ -78,7 +88,10 @@ def threads(count: int) -> Iterator[None]:
 
 
 def provenance() -> dict[str, Any]:
-    """What the manifest keeps of the present, as JSON.
+    """What the manifest keeps of the present.
+
+    Returns:
+        JSON.
 
     Example:
         >>> sorted(provenance())
@@ -100,7 +113,13 @@ def provenance() -> dict[str, Any]:
 
 
 def git_commit(folder: Path) -> str | None:
-    """The commit that is checked out where ``folder`` lies, read from git's own files; None where there is none.
+    """The commit that is checked out, read from git's own files.
+
+    Args:
+        folder: in the working tree, at any depth.
+
+    Returns:
+        40 or 64 hexadecimal digits; None where there is no repository.
 
     Example:
         >>> git_commit(Path("/")) is None

@@ -18,6 +18,12 @@ _KNOWN = {torch.float32, torch.float64, torch.float16, torch.int64, torch.int32,
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """The xxh3-128 hash of all names, dtypes, shapes and bytes, whatever the order of the names.
 
+    Args:
+        tensors: by name, on any device.
+
+    Returns:
+        32 hexadecimal digits.
+
     Example:
         >>> zero = torch.zeros(2)
         >>> fingerprint({"a": zero, "b": zero}) == fingerprint({"b": zero, "a": zero})

@@ -52,6 +52,9 @@ class ForwardState:
         Args:
             model: a private copy: the modes of its modules change.
 
+        Yields:
+            Nothing.
+
         Raises:
             StoreError: random numbers were drawn on a device that is not here, or a submodule is missing.
         """
@@ -62,7 +65,14 @@ class ForwardState:
 
     @contextmanager
     def standing(self, model: nn.Module) -> Iterator[None]:
-        """:meth:`applied` without autocast, which a backward pass must not run under."""
+        """:meth:`applied` without autocast, which a backward pass must not run under.
+
+        Args:
+            model: a private copy.
+
+        Yields:
+            Nothing.
+        """
         modes = {module: module.training for module in model.modules()}
         with _generators(self.rng):
             try:
@@ -75,12 +85,20 @@ class ForwardState:
                     module.training = mode
 
     def cast(self) -> AbstractContextManager[Any]:
-        """Autocast as it was, off where it was off."""
+        """Autocast as it was, off where it was off.
+
+        Returns:
+            The context to compute in.
+        """
         dtype = None if self.autocast is None else getattr(torch, self.autocast.removeprefix("torch."))
         return torch.autocast(self.device_type, dtype=dtype, enabled=dtype is not None)
 
     def header(self) -> dict[str, Any]:
-        """All but the random states, as JSON; :meth:`stored` is the inverse."""
+        """All but the random states; :meth:`stored` is the inverse.
+
+        Returns:
+            JSON.
+        """
         return {
             "training": self.training,
             "exceptions": list(self.exceptions),
@@ -92,11 +110,14 @@ class ForwardState:
 
     @classmethod
     def stored(cls, header: Mapping[str, Any] | None, rng: Mapping[str, Tensor]) -> ForwardState | None:
-        """What :meth:`header` described, with the random states by device; None where nothing was seen.
+        """What :meth:`header` described.
 
         Args:
-            header: what was stored of a pass, as JSON.
-            rng: device -> random state.
+            header: JSON; None where nothing was seen.
+            rng: the random states by device.
+
+        Returns:
+            The state; None where nothing was seen.
         """
         if header is None:
             return None

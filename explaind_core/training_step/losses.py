@@ -28,6 +28,12 @@ _FUNCTIONS = {
 def describe_loss(loss: Callable[..., Tensor] | None) -> dict[str, Any] | None:
     """What the store keeps of a loss: its name and, for torch's own loss modules, their settings.
 
+    Args:
+        loss: a module or a function; None where there is none.
+
+    Returns:
+        JSON; None where there is none.
+
     Example:
         >>> describe_loss(torch.nn.functional.cross_entropy)
         {'name': 'torch.nn.functional.cross_entropy'}
@@ -44,9 +50,15 @@ def describe_loss(loss: Callable[..., Tensor] | None) -> dict[str, Any] | None:
 
 
 def rebuild_loss(description: dict[str, Any] | None) -> LossFunction | None:
-    """The loss that :func:`describe_loss` described, if it is one of torch's own or of our integrations'; else None.
+    """The loss that :func:`describe_loss` described.
 
-    Only names of torch's losses and of those few are looked up, so a store cannot make this run other code.
+    Only names of torch's losses and of our integrations' few are looked up, so a store cannot make this run other code.
+
+    Args:
+        description: as stored.
+
+    Returns:
+        The loss; None where it is another one than these.
 
     Raises:
         StoreError: the settings are not those of that loss.
@@ -76,16 +88,19 @@ def rebuild_loss(description: dict[str, Any] | None) -> LossFunction | None:
 
 
 def per_sample_loss(loss: LossFunction, outputs: Any, targets: Any) -> Tensor:
-    """The loss of each sample on its own: ``[n]``.
+    """The loss of each sample on its own.
 
     A loss that returns one number per sample is taken as it is. A reduced one (a 0-d result) is called on
     every sample as a batch of one. Its normaliser is then that sample's own: with class weights or ignored
     tokens this is not the sample's share of a batch mean.
 
     Args:
-        loss: ``loss(outputs, targets)``.
-        outputs: the model's, ``[n, ...]``.
-        targets: the loss's second argument, n rows.
+        loss: per-sample or reduced.
+        outputs: of the model, over n samples.
+        targets: of the same samples.
+
+    Returns:
+        ``[n]``.
 
     Raises:
         QuestionError: the result has more than one number per sample.

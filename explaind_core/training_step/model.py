@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:  # a later stage, which needs a Run
-    pass
 
 __all__ = ["ModelCall", "ParameterInfo", "run_model"]
 
@@ -18,6 +15,13 @@ ModelCall = Callable[[Any], Any]
 
 def run_model(model: Callable[..., Any], inputs: Any) -> Any:
     """``model(inputs)``; a tuple or list of inputs is spread over the arguments, a dict over the keywords.
+
+    Args:
+        model: a module, or a function of its inputs.
+        inputs: as a batch has them.
+
+    Returns:
+        What the model returns.
 
     Example:
         >>> run_model(lambda a, b: a + b, {"a": 1, "b": 2})
@@ -32,11 +36,11 @@ def run_model(model: Callable[..., Any], inputs: Any) -> Any:
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """One parameter of the model: its shape, its dtype, and whether the optimizer trained it at the start.
+    """One parameter of the model.
 
     Attributes:
-        shape: of the tensor.
-        dtype: of the tensor.
+        shape: of its tensor.
+        dtype: of its tensor.
         trained: whether the optimizer trained it at the start.
     """
 

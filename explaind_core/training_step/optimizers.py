@@ -19,9 +19,12 @@ def rebuild_optimizer(
     """``kind`` over ``groups``, called with those of the first group's values that its constructor has arguments for.
 
     Args:
-        kind: the optimizer's class.
-        groups: its parameter groups, each with its hyper-parameters.
-        where: for the error.
+        kind: its class.
+        groups: the parameter groups, each with ``params``.
+        where: which run it is of, for the error.
+
+    Returns:
+        The optimizer, with an empty state.
 
     Raises:
         StoreError: the constructor refuses them.

@@ -52,7 +52,11 @@ class Recipe:
     loss_outside: bool = False
 
     def header(self) -> dict[str, bool]:
-        """What is not the default, as JSON."""
+        """What is not the default.
+
+        Returns:
+            JSON.
+        """
         return {name: value for name, value in asdict(self).items() if value}
 
     def gradients(
@@ -72,12 +76,15 @@ class Recipe:
         Args:
             model: a private copy, its parameters where the gradient was taken. Buffers change as in training.
             batch: the micro-batches.
-            loss: ``loss(output, target)``; None is allowed where ``gradient`` is given.
+            loss: not needed where ``gradient`` is given.
             fed: the parameters that had a gradient; all others get none.
             trained: those that were clipped, in the model's order; ``fed`` by default.
             clips: as :meth:`explaind_core.Run.clips` returns them.
-            gradient: does the backward passes instead; None for the usual ones.
-            penalty: a loss of the parameters alone, whose gradient is added behind them; None for none.
+            gradient: does the backward passes instead.
+            penalty: of the parameters alone, added behind them.
+
+        Returns:
+            By the names in ``fed``, each of its parameter's shape.
 
         Raises:
             QuestionError: there is neither a loss nor ``gradient``.
@@ -142,6 +149,12 @@ class Recipe:
 def candidates(batch: Sequence[MicroBatch]) -> list[Recipe]:
     """The recipes that may round differently for this batch, the default first.
 
+    Args:
+        batch: the micro-batches of a step.
+
+    Returns:
+        One recipe or more, all different.
+
     Example:
         >>> candidates([MicroBatch(torch.tensor([0]), None, None, 1 / 3)])
         [Recipe(divides=False, loss_outside=False), Recipe(divides=True, loss_outside=False)]
@@ -169,7 +182,14 @@ def _clip(parameters: list[nn.Parameter], clips: Iterable[Sequence[Any]]) -> Non
 
 
 def different(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """The names whose tensors are not equal bit by bit, but for the sign of a zero.
+    """The tensors that are not equal bit by bit, but for the sign of a zero.
+
+    Args:
+        found: by name.
+        expected: by name.
+
+    Returns:
+        Their names; one that is in one of the two only is among them.
 
     Args:
         found: name -> tensor.

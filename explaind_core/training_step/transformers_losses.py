@@ -22,7 +22,14 @@ IGNORED = -100
 
 
 def classification(output: Any, labels: Tensor) -> Tensor:
-    """Cross entropy over classes, of sequences or of tokens: logits ``[..., C]``, labels ``[...]``.
+    """Cross entropy over classes, of sequences or of tokens.
+
+    Args:
+        output: what the model returned, or its logits ``[..., C]`` alone.
+        labels: ``[...]``, int64; :data:`IGNORED` does not count.
+
+    Returns:
+        The mean, ``[]``.
 
     Example:
         >>> classification(torch.zeros(1, 2, 4), torch.tensor([[3, IGNORED]])).exp()
@@ -33,7 +40,14 @@ def classification(output: Any, labels: Tensor) -> Tensor:
 
 
 def next_token(output: Any, labels: Tensor) -> Tensor:
-    """Cross entropy of a causal language model: logits ``[n, T, V]`` at t predict the label ``[n, T]`` at t + 1.
+    """Cross entropy of a causal language model: the logits at t predict the label at t + 1.
+
+    Args:
+        output: what the model returned, or its logits ``[n, T, V]`` alone.
+        labels: ``[n, T]``, int64; :data:`IGNORED` does not count.
+
+    Returns:
+        The mean, ``[]``.
 
     Example:
         >>> next_token(torch.zeros(1, 2, 4), torch.tensor([[IGNORED, 3]])).exp()
@@ -44,7 +58,14 @@ def next_token(output: Any, labels: Tensor) -> Tensor:
 
 
 def regression(output: Any, labels: Tensor) -> Tensor:
-    """Mean squared error: logits ``[n, 1]`` and labels ``[n]``, or both ``[n, K]``.
+    """Mean squared error.
+
+    Args:
+        output: what the model returned, or its logits ``[n, 1]`` or ``[n, K]`` alone.
+        labels: ``[n]`` or ``[n, K]``.
+
+    Returns:
+        The mean, ``[]``.
 
     Example:
         >>> regression(torch.tensor([[1.0], [3.0]]), torch.tensor([1.0, 1.0]))
@@ -55,7 +76,14 @@ def regression(output: Any, labels: Tensor) -> Tensor:
 
 
 def multi_label(output: Any, labels: Tensor) -> Tensor:
-    """Binary cross entropy of every label on its own: logits and labels ``[n, C]``.
+    """Binary cross entropy of every label on its own.
+
+    Args:
+        output: what the model returned, or its logits ``[n, C]`` alone.
+        labels: ``[n, C]``, 0 or 1.
+
+    Returns:
+        The mean, ``[]``.
 
     Example:
         >>> multi_label(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]])).exp()
@@ -72,6 +100,12 @@ LOSSES: dict[str, Callable[[Any, Tensor], Tensor]] = {
 
 def loss_of(model: Any) -> Callable[[Any, Tensor], Tensor]:
     """Which of these a model of ``transformers`` computes, by its class and ``config.problem_type``.
+
+    Args:
+        model: of ``transformers``.
+
+    Returns:
+        One of the losses of this module.
 
     Raises:
         RecordingError: it is none of them.
@@ -103,7 +137,14 @@ def loss_of(model: Any) -> Callable[[Any, Tensor], Tensor]:
 
 
 def returned(output: Any) -> Any:
-    """What a loss is a function of: the logits, where a model returns several things by name; else all it returns."""
+    """What a loss is a function of.
+
+    Args:
+        output: what a model returned.
+
+    Returns:
+        The logits, where it returned several things by name; else all that it returned.
+    """
     logits = output.get("logits") if isinstance(output, dict) else None
     return output if logits is None else logits
 
