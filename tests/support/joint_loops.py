@@ -23,6 +23,8 @@ OPTIMIZERS: dict[str, Make] = {
     "muon": lambda ps: torch.optim.Muon(ps, lr=0.05, weight_decay=0.2),
 }
 MUON = hasattr(torch.optim, "Muon")
+#: The parameters of the first and of the second optimizer of a :class:`Joint`.
+MATRICES, OTHERS = ("0.weight", "3.weight"), ("0.bias", "2.weight", "2.bias", "3.bias")
 
 
 class Joint:
@@ -101,3 +103,7 @@ def closes(run: explaind.Run, inputs: torch.Tensor | None = None) -> float:
         result = explaind.attribute(run, inputs, nodes=2, progress=False)
         assert explaind.closure_error(result) <= 1e-12
     return worst
+
+
+def opened(path: Any, joint: Joint, **options: Any) -> explaind.Run:
+    return explaind.open_run(path, model=joint.model, **options)
