@@ -1,4 +1,4 @@
-"""Docstrings have one argument an entry, and name no argument that the code does not have."""
+"""Docstrings have one argument, or one error, an entry, and name no argument that the code does not have."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read(package):
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_one_argument_an_entry(package):
+def test_one_argument_or_error_an_entry(package):
     assert [line for found in read(package) for line in found.crowded()] == []
 
 
@@ -36,14 +36,17 @@ def test_no_entry_of_an_argument_that_is_not_there(package):
     assert [line for found in read(package) for line in found.stale()] == []
 
 
-# ---------------------------------------------------------------- that the two tests above would find it
-def written(folder, docstring):
+# ---------------------------------------------------------------- what the tests above find
+def written(folder, attributes, errors="OSError: never."):
     source = f'''
 class Point:
     """A point.
 
     Attributes:
-{textwrap.indent(textwrap.dedent(docstring), " " * 8)}
+{textwrap.indent(attributes, " " * 8)}
+
+    Raises:
+{textwrap.indent(errors, " " * 8)}
     """
 
     x: float
@@ -55,12 +58,17 @@ class Point:
 
 
 @pytest.mark.parametrize(
-    "docstring", ["x: across. y: up.", "x: across (to the right) y: up.", "x: across,\n    to the right. y: up."]
+    "attributes", ["x: across. y: up.", "x: across (to the right) y: up.", "x: across,\n    to the right. y: up."]
 )
-def test_two_entries_on_a_line_are_found(tmp_path, docstring):
-    assert written(tmp_path, docstring).crowded() == [
+def test_two_entries_on_a_line_are_found(tmp_path, attributes):
+    assert written(tmp_path, attributes).crowded() == [
         f"{tmp_path / 'module.py'}:6: Point: y has no entry of its own",
     ]
+
+
+def test_two_errors_on_a_line_are_found(tmp_path):
+    found = written(tmp_path, "x: across.\ny: up.", "OSError: it is. KeyError: it is not.")
+    assert found.crowded() == [f"{tmp_path / 'module.py'}:10: Point: KeyError has no entry of its own"]
 
 
 def test_prose_with_a_colon_is_no_entry(tmp_path):

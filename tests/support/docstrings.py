@@ -1,4 +1,4 @@
-"""The entries of a docstring's Args and Attributes, beside the names that the code has.
+"""The entries of a docstring's Args, Attributes and Raises, beside the names that the code has.
 
 Read from the syntax tree alone: nothing is imported.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
-SECTIONS = ("Args:", "Attributes:")
+ARGUMENTS, ERRORS = ("Args:", "Attributes:"), "Raises:"
 _NAMES = r"\*{0,2}\w+(?:(?:, | and )\*{0,2}\w+)*"
 _ENTRY = re.compile(rf"({_NAMES}): ?(.*)")
 _SECOND = re.compile(rf"[.;,)?] ({_NAMES}): ")
@@ -56,9 +56,13 @@ class Described:
         """Entries that hold a second one: ``first: what it is. second: what it is.``"""
         return [
             f"{self.path}:{entry.line}: {self.node.name}: {', '.join(found)} has no entry of its own"
-            for entries in self.sections.values()
+            for header, entries in self.sections.items()
             for entry in entries
-            if (found := sorted(second_names(entry.text) & self.names))
+            if (
+                found := sorted(
+                    filter(_is_error if header == ERRORS else self.names.__contains__, second_names(entry.text))
+                )
+            )
         ]
 
     def stale(self) -> list[str]:
@@ -67,8 +71,8 @@ class Described:
             return []
         return [
             f"{self.path}:{entry.line}: {self.node.name} has no {name}"
-            for entries in self.sections.values()
-            for entry in entries
+            for header in ARGUMENTS
+            for entry in self.sections.get(header, ())
             for name in entry.names
             if name not in self.names
         ]
@@ -90,6 +94,10 @@ def described(root: Path) -> Iterator[Described]:
             if isinstance(node, Documented) and ast.get_docstring(node) is not None:
                 names, foreign = _names(node, classes)
                 yield Described(path, node, names, foreign, _sections(node))
+
+
+def _is_error(name: str) -> bool:
+    return name.endswith(("Error", "Warning"))
 
 
 def _split(names: str) -> list[str]:
@@ -140,7 +148,7 @@ def _sections(node: Documented) -> dict[str, list[Entry]]:
         if number == literal.lineno or not text:
             continue
         if depth <= indent:
-            entries = sections.setdefault(text, []) if text in SECTIONS else None
+            entries = sections.setdefault(text, []) if text in (*ARGUMENTS, ERRORS) else None
         elif entries is not None:
             if depth == indent + 4 and (match := _ENTRY.fullmatch(text)):
                 entries.append(Entry(number, _split(match[1]), match[2]))
