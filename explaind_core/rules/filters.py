@@ -63,12 +63,6 @@ class LinearFilter:
     them all have this form. Coefficients are numbers, or operators where an optimizer needs that.
 
     Args:
-        A: k rows of k coefficients.
-        B: k coefficients.
-        C: k coefficients.
-        D: one coefficient.
-
-    Attributes:
         A: k rows of k coefficients, from states to new states.
         B: k coefficients, from the input to new states.
         C: k coefficients, from states to what is read out.

@@ -39,15 +39,10 @@ class InferredRule(UpdateRule):
 
     Args:
         momentum: mu, of the assumed filter; 0 for none.
-        nesterov: whether it looks ahead.
+        nesterov: whether that filter looks ahead.
         preconditioner: P_0: ``"identity"`` (a multiple of it) or ``"quotient"`` (elementwise, never negative).
         decay: how the group's ``weight_decay`` acts: ``"none"``, ``"coupled"`` (it enters the filter) or
             ``"decoupled"`` (``rho = lr weight_decay``).
-        bound: the largest correction of a step that is accepted.
-        force: accept any.
-
-    Attributes:
-        nesterov: whether that filter looks ahead.
         bound: the largest correction of a step that is accepted, as a fraction of the update.
         force: accept any correction.
 

@@ -32,13 +32,12 @@ class Branch:
         prefix: the answers to the first questions; later ones are answered with yes. None where no question may be
             asked.
         known: a branch whose answers hold here too.
-        positive: expression -> whether it is positive, as answered so far.
-        zero: expression -> whether it is zero, as answered so far.
 
     Attributes:
-        positive, zero: the answers so far.
-        open: the prefixes of the ways not taken.
         solved: symbol -> what it is, by what is zero.
+        positive: expression -> whether it is positive, as answered so far.
+        zero: expression -> whether it is zero, as answered so far.
+        open: the prefixes of the ways not taken.
     """
 
     def __init__(self, prefix: tuple[bool, ...] | None = (), known: Branch | None = None) -> None:
