@@ -333,6 +333,10 @@ def indexed_loader(
     Returns:
         A loader.
 
+    Raises:
+        RecordingError: an option is given that the :class:`IndexedDataset` has already, a seed, targets or a
+            collate_fn.
+
     Example:
         >>> data = [(torch.tensor([float(i)]), i % 2) for i in range(4)]
         >>> for ids, inputs, targets in indexed_loader(data, batch_size=3):

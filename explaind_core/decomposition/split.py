@@ -81,6 +81,11 @@ class ParameterFilter:
         Args:
             split: the inputs of the filter, by the part of the update that each belongs to.
             coefficients: (A, B, C, D) of this step.
+
+        Raises:
+            RecordingError: recording began with a used optimizer, and the rule does not say which state is the
+                filter's.
+            CoefficientError: the filter lost a state during the run.
         """
         if self.used and coefficients.order and not self.named:
             raise RecordingError(
@@ -135,6 +140,9 @@ def split_update(
         recorded: what it is shown of the step.
         memory: the parameter's filter, which is advanced.
         penalty: what a penalty's gradient is in the fed one, of the parameter's shape; None for zero.
+
+    Raises:
+        CoefficientError: the rule's declaration is malformed, or its update is not finite.
     """
     declared = rule.coefficients(recorded)
     if not isinstance(declared, StepCoefficients):

@@ -72,6 +72,7 @@ def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 130, colour
 
     Args:
         figure: what to write.
+        path: where to write; its ending says as what.
         dpi: dots per inch.
         colours: at most so many, PNG only: pictures of large matrices are a quarter of the size with 256.
     """
