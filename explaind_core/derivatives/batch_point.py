@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from explaind_core import trees
 from explaind_core.derivatives.explained_function import differentiable_kernels
@@ -99,10 +100,31 @@ class BatchPoint:
                     remedy="let the model return something per sample, and reduce it in the loss given to open_run",
                 )
         self.used, self.cotangents = list(found), list(found.values())
-        self.together = self.coarse or not self._independent([leaves[i] for i in self.used])
-        if self.together:
-            self._check_repeatable([leaves[i] for i in self.used])
+        self._whole = [leaves[i] for i in self.used]
+        if self.coarse or self._draws() or self._takes_statistics() or not self._independent(self._whole):
+            self.go_together()
         self.activation = self._largest_activation()
+
+    def go_together(self) -> None:
+        """Pass the samples through the model with the others from now on, whichever are asked for.
+
+        Raises:
+            RecordingError: the model draws random numbers and it was not recorded which.
+        """
+        self.together = True
+        self._check_repeatable(self._whole)
+
+    def _draws(self) -> bool:
+        """Whether random numbers were drawn in the pass: a sample alone would be given those of another one."""
+        return self.forward is not None and bool(self.forward.rng)
+
+    def _takes_statistics(self) -> bool:
+        """Whether a normalisation takes the batch's own statistics, whatever its scale makes of them now."""
+        with self.standing():
+            return any(
+                isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+                for module in self.model.modules()
+            )
 
     def _one_number(self, value: Tensor) -> Tensor:
         if value.ndim == 0:
@@ -117,8 +139,14 @@ class BatchPoint:
         )
 
     def _independent(self, whole: list[Tensor]) -> bool:
-        """Whether the first sample alone, and some others without it, give what they give in the whole batch."""
-        for rows in (slice(0, 1), slice(1, min(self.n, 16))) if self.n > 1 else ():
+        """Whether the first sample alone, and some others without it, give what they give in the whole batch.
+
+        The others are spread over the batch, its last one among them: what is shared out by order (the capacity of an
+        expert) is gone there. Branches that are multiplied by zero now show in gradients only, whose sum is compared
+        with the batch's (:meth:`explaind_core.derivatives.sample_derivatives.Derivatives.agree`).
+        """
+        spread = torch.tensor(sorted({round(1 + k * (self.n - 2) / 14) for k in range(15)}))
+        for rows in (slice(0, 1), spread) if self.n > 1 else ():
             try:
                 part = self.outputs({}, rows)
             except (RuntimeError, ValueError):  # batch normalisation of a single sample, a fixed batch size

@@ -26,6 +26,8 @@ from explaind_core.training_step import Batch, LossFunction
 
 __all__ = ["SampleGradients"]
 
+#: So many gradients at each end of what is wanted are compared with the batch's before any is used.
+_CONFIRMED = 8
 #: Larger blocks of per-sample gradients cost more per sample: they leave the processor's cache. In bytes.
 BLOCK = 2**26
 
@@ -94,6 +96,7 @@ class SampleGradients:
         for micro in batch.micro:
             start = sum(p.n for p in self._points)
             self._points.append(BatchPoint(model, loss, micro, state, start, loss_in_autocast=loss_in_autocast))
+        self._derivatives.coarse = any(point.coarse for point in self._points)
         # Of samples, in sums that are there to be checked.
         self._weights = torch.rand(len(self.ids), generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
 
@@ -125,8 +128,19 @@ class SampleGradients:
             RecordingError: no factor makes the recorded gradient that of the declared samples, to 1e-9 of each
                 tensor's norm in float64, 1e-3 in float32, and the rounding of the sum.
         """
-        total = {n: t for n, t in self.total().items() if names is None or n in names}
-        return fit_factor(recorded, total, self._rounding, step=step, declared=factor, limit=limit)
+
+        def tried() -> float:
+            total = {n: t for n, t in self.total().items() if names is None or n in names}
+            return fit_factor(recorded, total, self._rounding, step=step, declared=factor, limit=limit)
+
+        try:
+            return tried()
+        except RecordingError:
+            # Pieces of a large batch may be coupled by what no output of some of its samples shows.
+            if not any(point.n > self._chunk and not point.together for point in self._points):
+                raise
+            self._go_together()
+            return tried()
 
     def nearest(self, recorded: Mapping[str, Tensor], *, factor: float = 1.0, limit: float | None = None) -> float:
         """As :meth:`fit`, by least squares alone, whether the factor fits or not."""
@@ -183,6 +197,14 @@ class SampleGradients:
         """Whether there are samples that only pass through the model together."""
         return any(point.together for point in self._points)
 
+    def _go_together(self) -> bool:
+        """Take no sample for independent of the others any more; False where none was."""
+        apart = [point for point in self._points if not point.together]
+        for point in apart:
+            point.go_together()
+        self._sums.clear()
+        return bool(apart)
+
     def _pieces(self, size: int, *, apart: bool = False) -> Iterator[tuple[BatchPoint, slice, slice]]:
         """The batch by pieces: of which micro-batch, which of its samples, and their positions in the batch.
 
@@ -205,21 +227,51 @@ class SampleGradients:
         Raises:
             RecordingError: the gradient of the batch is not the sum of its samples' gradients.
         """
+        self._confirm(wanted)
         sums, squares = self._zeros(self.names)
-        whole = True
+        given = torch.zeros(len(self.ids))
         size = min(self._chunk, self._derivatives.fitting(self.names))
         for point, rows, positions in self._pieces(size, apart=True):
             if wanted is not None and not bool(wanted[positions].any()):
-                whole = False
                 continue
+            given[positions] = 1
             with point.kernels():
                 gradients = self._derivatives.materialised(point, rows, self.names)
             for name, values in gradients.items():
                 sums[name] += values.sum(0)
                 squares[name] += values.norm() ** 2
             yield positions, gradients
-        if whole:  # a part of the batch has no sum to be checked against
-            self._derivatives.agree(sums, squares, self.total(), factored=False)
+        expected = self.total() if bool(given.all()) else self._summed("given", given)
+        self._derivatives.agree(sums, squares, expected, factored=False)
+
+    def _confirm(self, wanted: Tensor | None) -> None:
+        """Compare some samples' gradients with the batch's before any is handed out, which could not be taken back.
+
+        Where they are others alone than among the others of the batch, they all go together from then on.
+        """
+        for point in self._points:
+            asked = torch.arange(point.n) if wanted is None else wanted[point.start :][: point.n].nonzero().flatten()
+            if point.together or not len(asked):
+                continue
+            sums, squares = self._zeros(self.names)
+            weights = torch.zeros(len(self.ids), dtype=torch.float64)
+            first, last = int(asked[0]), int(asked[-1])
+            for rows in {(first, min(first + _CONFIRMED, point.n)), (max(last + 1 - _CONFIRMED, first), last + 1)}:
+                some = slice(*rows)
+                weight = self._weights[moved(some, point.start)].to(self._device, self._dtype)
+                with point.kernels():
+                    found = self._derivatives.materialised(point, some, self.names)
+                for name, values in found.items():
+                    sums[name] += torch.tensordot(weight, values, 1)
+                    squares[name] += values.norm() ** 2
+                weights[moved(some, point.start)] += weight.cpu()
+            try:
+                self._derivatives.agree(
+                    sums, squares, {n: t[0] for n, t in self.weighted(weights[None]).items()}, factored=False
+                )
+            except RecordingError:
+                self._go_together()
+                return
 
     def _zeros(self, names: Iterable[str]) -> tuple[Gradients, Gradients]:
         """For sums of gradients by parameter, and of squared norms."""
@@ -250,6 +302,21 @@ class SampleGradients:
         result = torch.zeros(len(parts), R, len(self.ids), dtype=torch.float64)
         if not result.numel():
             return result
+        try:
+            return self._products(parts, stacked, result, method)
+        except RecordingError:
+            if not self._go_together():
+                raise
+            return self._products(parts, stacked, result.zero_(), method)
+
+    def _products(
+        self,
+        parts: Sequence[Mapping[str, Tensor]],
+        stacked: Mapping[str, tuple[list[int], Tensor]],
+        result: Tensor,
+        method: str,
+    ) -> Tensor:
+        R = result.shape[1]
         if self.together and not any(point.coarse for point in self._points):
             # A sample's gradient costs as much as the whole batch's here, and so does a direction.
             method = "directional" if R * sum(map(bool, parts)) < len(self.ids) else method

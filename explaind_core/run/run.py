@@ -74,6 +74,8 @@ class Run(ExplainedSteps):
             make_optimizer=make_optimizer,
         )  # fmt: skip
         self.penalty = penalty
+        #: Embeddings whose gradients, in training, were divided by how often an index stood in the batch.
+        self._by_frequency: dict[str, bool] = {}
         self.model = None if model is None else self._check_model(model)
         self.loss = loss if loss is not None else rebuild_loss(self.manifest["loss"])
         self._gradient = gradient
@@ -115,9 +117,11 @@ class Run(ExplainedSteps):
                 remedy=f"build the architecture that was recorded ({self.manifest['model']})",
             )
         private = plain_copy(model).eval().requires_grad_(False)
-        for module in private.modules():
+        for name, module in private.named_modules():
             if isinstance(module, nn.Embedding | nn.EmbeddingBag):
                 module.sparse = False  # how a gradient is laid out, not what it is: dense ones can be batched
+                self._by_frequency[name] = module.scale_grad_by_freq
+                module.scale_grad_by_freq = False  # no derivative of f: of training's gradients only
             if isinstance(module, _BatchNorm):
                 module.track_running_stats = False  # training: outputs are the same, and no buffer is written to
         return private
@@ -140,6 +144,8 @@ class Run(ExplainedSteps):
             )
         if training not in self._models:
             self._models[training] = copy.deepcopy(self.model).train(training)
+            for name, scaled in self._by_frequency.items():
+                self._models[training].get_submodule(name).scale_grad_by_freq = scaled  # type: ignore[assignment]
         return self._models[training]
 
     @cached_property
