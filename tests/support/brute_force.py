@@ -280,7 +280,8 @@ CASES = {
         *IMAGES,
     ),
     "transposed convolution": Case(
-        sequential(lambda: nn.ConvTranspose2d(1, 2, 2, stride=2), nn.Tanh, nn.Flatten, L(128, 2)), numbers(1, 4, 4), numbers(2), squared,
+        sequential(lambda: nn.ConvTranspose2d(1, 2, 2, stride=2), nn.Tanh, nn.Flatten, L(128, 2)),
+        numbers(1, 4, 4), numbers(2), squared,
     ),
     "squeeze and excite": Case(squeeze_excite, *IMAGES),
     "LSTM": Case(recurrent(nn.LSTM), *SERIES),
