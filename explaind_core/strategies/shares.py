@@ -82,11 +82,18 @@ class GradientSplitter:
         #: In which mode the model's gradients are the recorded ones, as far as is known: it is tried first.
         self._training = True
         self._found = Findings()
+        self._last: SampleGradients | None = None
 
     def take(self) -> Findings:
         """What was found since this was last asked."""
+        self._note_coupling()
         found, self._found = self._found, Findings()
         return found
+
+    def _note_coupling(self) -> None:
+        """Samples may turn out to be coupled only when their gradients are taken: the step before is asked late."""
+        if self._last is not None:
+            self._found |= Findings(samples_together=self._last.together)
 
     def shares(self, split: StepDecomposition, names: list[str]) -> Shares:
         """The shares of one step's samples.
@@ -179,9 +186,10 @@ class GradientSplitter:
         self._found |= Findings(
             gradient_factor=(min(scales.values()), max(scales.values())),
             entries_clipped=entries_clipped,
-            samples_together=samples.together,
             unattributed_gradient=unattributed,
         )
+        self._note_coupling()
+        self._last = samples
         return Shares(samples, factors)
 
 
