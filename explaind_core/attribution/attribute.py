@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, Unpack
 
 import xarray as xr
 
 from explaind_core.attribution.frame import Frame
 from explaind_core.errors import QuestionError
-from explaind_core.questions import DEFAULT_AXES, Contribution, Question
+from explaind_core.questions import (
+    AttributionArguments,
+    Contribution,
+    Question,
+    question_of,
+    spelled_out,
+)
 from explaind_core.results import TERMS, ResultWriter, closure_error, summed
 from explaind_core.results import result_writer as appending
 from explaind_core.run import Run
@@ -22,29 +28,8 @@ from explaind_core.strategies import Choice, choose, insisted_on
 __all__ = ["TERMS", "answer", "attribute", "closure_error", "contributions", "summed"]
 
 
-def attribute(
-    run: Run,
-    inputs: Any,
-    *,
-    keep: Sequence[str] = DEFAULT_AXES,
-    output: Any = None,
-    steps: Any = None,
-    gradient_steps: Any = None,
-    train: Any = None,
-    layers: Any = None,
-    test: Any = None,
-    nodes: int | str = "adaptive",
-    tolerance: float = 1e-3,
-    max_nodes: int = 32,
-    chords: int = 1,
-    strategy: str | None = None,
-    memory: str | int = "4GiB",
-    unattributed: str = "refuse",
-    buffers: str = "recorded",
-    engine: str = "local",
-    progress: bool = True,
-    out: str | os.PathLike[str] | None = None,
-) -> xr.Dataset:
+@spelled_out
+def attribute(run: Run, inputs: Any, **arguments: Unpack[AttributionArguments]) -> xr.Dataset:
     """Split predictions into what each step, layer and term added to them (paper, Theorem 3.1, Definition 4.2).
 
     ``f(theta_N; x) = f(theta_0; x) + sum_s (kernel_s(x) + regularization_s(x) + residual_s(x))``, every
@@ -57,36 +42,7 @@ def attribute(
     Args:
         run: a run opened with its model.
         inputs: the n test samples: a tensor, or a tuple (positional arguments) or dict (keywords) of tensors.
-        keep: the axes to keep, any subset of step, gradient_step, layer, parameter, train, test, output; all others
-            are summed as early as possible. Only the kernel has a gradient_step and a train axis.
-        output: what is explained: None or ``Outputs()``, ``LogProbabilities()``, ``Chosen(columns)``,
-            ``Loss(targets)``, ``Activation(name)``, or any callable ``(call, inputs) -> [n, ...]``.
-        steps: a slice over step numbers (``slice(1850, 1900)`` is 1850..1899), a range, a list, or a ``Sample``; all by
-            default. A mapping from names to these makes windows: the step axis then has one entry a window.
-        gradient_steps: the gradients to count, by the steps that were fed them.
-        train: the training samples to count: ids, a slice of ids, a ``Sample``, or groups ``{name: ids}``.
-        layers: None for a layer per module that owns parameters, a list of module prefixes or types, or a mapping
-            ``{name: prefix, pattern, type, list of them, or {pattern: slices}}``.
-        test: which rows of ``inputs`` to explain: a slice, a list, or a ``Sample``.
-        nodes: Gauss-Legendre nodes per step, ``"adaptive"``, ``"left"`` (one node at t = 0: first order), or
-            ``"midpoint:q"`` (q equal midpoints, the paper's integration steps).
-        tolerance: adaptive only: the largest residual of a step, as a fraction of the largest change of an output
-            over all steps asked for.
-        max_nodes: adaptive only: the most nodes a step may get; one that misses the tolerance is marked.
-        chords: so many consecutive steps share one straight line and its feature map (labelled in the result).
-        strategy: ``"forward"``, ``"reverse"``, ``"features"`` or ``"adjoint"``; the cheapest by default, see
-            :func:`explaind_core.plan`.
-        memory: the most that the result, and what is held to compute it, may take.
-        unattributed: what to do where the gradients of a step's samples do not add up to the gradient that it was fed:
-            ``"refuse"``, or ``"carry"`` the difference as a term of its own.
-        buffers: where buffers moved in training (running statistics): ``"recorded"``, f is at every step that of the
-            buffers then, and what their moves added is the term ``statistics``; or ``"final"``, f is that of the last
-            ones throughout.
-        engine: ``"local"``.
-        progress: show a bar with the remaining time.
-        out: a zarr folder to write to while computing, in blocks of 50 steps (or, with the adjoint, blocks of test
-            samples; in one go, where that axis is not kept). The result is then read from there lazily, may exceed
-            ``memory``, and an interrupted call resumes. See :func:`explaind_core.open_result`.
+        **arguments: see :class:`explaind_core.questions.AttributionArguments`.
 
     Returns:
         A Dataset over the kept axes: ``kernel``; without gradient_step and train ``regularization`` and, where there is
@@ -114,28 +70,15 @@ def attribute(
         >>> closure_error(result) < 1e-12
         True
     """
+    check_engine(arguments["engine"])
+    question = Question.ask(run, inputs, **question_of(arguments))
+    return answer(question, progress=arguments["progress"], out=arguments["out"])
+
+
+def check_engine(engine: str) -> None:
+    """Refuse an engine that is not there (QuestionError)."""
     if engine != "local":
         raise QuestionError("there is no such engine", where="engine", expected="'local'", got=engine)
-    question = Question.ask(
-        run,
-        inputs,
-        keep=keep,
-        output=output,
-        steps=steps,
-        gradient_steps=gradient_steps,
-        train=train,
-        layers=layers,
-        test=test,
-        nodes=nodes,
-        tolerance=tolerance,
-        max_nodes=max_nodes,
-        chords=chords,
-        strategy=strategy,
-        memory=memory,
-        unattributed=unattributed,
-        buffers=buffers,
-    )
-    return answer(question, progress=progress, out=out)
 
 
 def answer(question: Question, *, progress: bool = True, out: str | os.PathLike[str] | None = None) -> xr.Dataset:

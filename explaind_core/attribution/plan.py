@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
+from explaind_core.attribution.attribute import check_engine
 from explaind_core.attribution.frame import Frame
-from explaind_core.questions import Question
+from explaind_core.questions import AttributionArguments, Question, question_of, spelled_out
 from explaind_core.run import Run
 from explaind_core.store import readable_size
 from explaind_core.strategies import Probe, choose, insisted_on, peak_memory
@@ -60,11 +61,17 @@ class Plan:
         )
 
 
-def plan(run: Run, inputs: Any, **question: Any) -> Plan:
+@spelled_out
+def plan(run: Run, inputs: Any, **arguments: Unpack[AttributionArguments]) -> Plan:
     """What :func:`explaind_core.attribute` would do with the same arguments, without doing it.
 
     The first two steps of the run are replayed, and one piece of each kind of work is timed on them; an adaptive
-    question is guessed at 2 nodes a step.
+    question is guessed at 2 nodes a step. Nothing is written to ``out``, and no bar is shown.
+
+    Args:
+        run: a run opened with its model.
+        inputs: the n test samples, as for ``attribute``.
+        **arguments: see :class:`explaind_core.questions.AttributionArguments`.
 
     Raises:
         QuestionError, LayerError: as ``attribute`` would.
@@ -75,9 +82,8 @@ def plan(run: Run, inputs: Any, **question: Any) -> Plan:
         >>> plan(record_example(steps=3), torch.zeros(2, 4, dtype=torch.float64), nodes=1).steps
         3
     """
-    question.pop("progress", None)
-    question.pop("out", None)
-    return plan_of(Question.ask(run, inputs, **question))
+    check_engine(arguments["engine"])
+    return plan_of(Question.ask(run, inputs, **question_of(arguments)))
 
 
 def plan_of(asked: Question) -> Plan:

@@ -26,12 +26,18 @@ class Verification:
     Attributes:
         agreement: fraction of samples whose argmax (J = 1: sign) agrees with the model's.
         kl: mean ``KL(softmax(f) || softmax(rebuilt))`` in nats; None for J = 1.
-        max_error, mean_error: of ``|rebuilt - f|`` over samples and outputs. largest_output: ``max |f|``.
+        max_error: of ``|rebuilt - f|`` over samples and outputs.
+        mean_error: of the same.
+        largest_output: ``max |f|``.
         update_error: the largest relative distance of a declared update from the recorded one.
         correction: the largest size of a rank-one secant relative to its update; None for a rule that needs none.
         rule: the rule; an inferred one says so.
-        nodes_used: nodes per step on average (accepted). nodes_evaluated: refinements included.
-        steps, samples, parameters, asked: what was verified, and with how many nodes.
+        nodes_used: nodes per step on average (accepted).
+        nodes_evaluated: the same, refinements included.
+        steps: how many were verified.
+        samples: of how many test samples.
+        parameters: of how many entries.
+        asked: with which nodes.
         result: per step: ``residual`` (step, test, output), ``nodes``, ``converged``, ``update_error``.
     """
 
@@ -129,7 +135,11 @@ def verify(
         inputs: the samples, as for :func:`explaind_core.attribute`.
         nodes: Gauss-Legendre nodes per step, ``"adaptive"`` (see ``tolerance``, ``max_nodes`` there), or
             ``"midpoint:100"``: the paper's rule, with as many integration steps.
+        tolerance: adaptive only, see there.
+        max_nodes: adaptive only, see there.
         output: what is rebuilt, the model's outputs by default.
+        memory: the most that the result, and what is held to compute it, may take.
+        progress: show a bar with the remaining time.
 
     Example:
         >>> from explaind_core.testing import record_example

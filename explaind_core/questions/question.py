@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack, cast
 
 import torch
 
@@ -13,7 +13,8 @@ from explaind_core import trees
 from explaind_core.decomposition import term_names
 from explaind_core.derivatives import ExplainedFunction, Quadrature, as_output
 from explaind_core.errors import QuestionError
-from explaind_core.questions.layers import Layer, LayerSpec, resolve_layers
+from explaind_core.questions.arguments import AXES, QuestionArguments, spelled_out
+from explaind_core.questions.layers import Layer, resolve_layers
 from explaind_core.questions.memory import parse_memory
 from explaind_core.questions.restrictions import (
     Segment,
@@ -28,12 +29,8 @@ from explaind_core.questions.restrictions import (
 )
 from explaind_core.run import Run
 
-__all__ = ["AXES", "DEFAULT_AXES", "Question"]
+__all__ = ["AXES", "GRADIENT_AXES", "Question"]
 
-#: The axes of the influence tensor, in the order of a result's dimensions.
-AXES = ("step", "gradient_step", "layer", "parameter", "train", "test", "output")
-#: What is kept where nothing is said.
-DEFAULT_AXES = ("step", "layer", "test", "output")
 #: The axes that only the kernel has: regularization and prehistory are not due to a sample's gradient.
 GRADIENT_AXES = ("gradient_step", "train")
 
@@ -79,78 +76,49 @@ class Question:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def ask(
-        cls,
-        run: Run,
-        inputs: Any,
-        *,
-        keep: Sequence[str] = DEFAULT_AXES,
-        output: Any = None,
-        steps: Any = None,
-        gradient_steps: Any = None,
-        train: Any = None,
-        layers: LayerSpec | None = None,
-        test: Any = None,
-        nodes: int | str = "adaptive",
-        tolerance: float = 1e-3,
-        max_nodes: int = 32,
-        chords: int = 1,
-        strategy: str | None = None,
-        memory: str | int = "4GiB",
-        unattributed: str = "refuse",
-        buffers: str = "recorded",
-        chunk: int = 500,
-    ) -> Question:
-        """Check every argument (see :func:`explaind_core.attribute`) before any work is done."""
+    @spelled_out
+    def ask(cls, run: Run, inputs: Any, **arguments: Unpack[QuestionArguments]) -> Question:
+        """Check every argument before any work is done.
+
+        Args:
+            run: a run opened with its model.
+            inputs: the test samples.
+            **arguments: see :class:`QuestionArguments`.
+
+        Raises:
+            QuestionError, LayerError: an argument makes no sense.
+        """
         if run.model is None:
             raise QuestionError(
                 "the run was opened without its model", where=run.path, remedy="open_run(path, model=model)"
             )
-        kept = _check_keep(keep)
-        if unattributed not in ("refuse", "carry"):
-            raise QuestionError(
-                "there is no such way with unattributed gradients",
-                where="unattributed",
-                expected=("refuse", "carry"),
-                got=unattributed,
-            )
-        if buffers not in ("recorded", "final"):
-            raise QuestionError(
-                "there are no such buffers", where="buffers", expected=("recorded", "final"), got=buffers
-            )
-        if not isinstance(chords, int) or isinstance(chords, bool) or chords < 1:
-            raise QuestionError("chords is no number of steps", where="chords", expected="an integer >= 1", got=chords)
-        resolved, rest = resolve_layers(layers, run.parameters, run.model)
+        given = arguments
+        kept, chords = _check_keep(given["keep"]), given["chords"]
+        _check_choices(given)
+        resolved, rest = resolve_layers(given["layers"], run.parameters, run.model)
         if "layer" not in kept:
             resolved = (Layer("all", {n: m for layer in resolved for n, m in _merged(resolved, layer).items()}),)
-        windows = resolve_steps(run, steps)
+        windows = resolve_steps(run, given["steps"])
         segments = segments_of(windows, chords)
         if chords > 1 and all(len(w.steps) == 1 for w in windows):
             windows, segments = _joined(windows, chords)
         if "step" not in kept:  # one window, and so one adjoint state, for all of them
             windows = (Window("all", tuple(s for window in windows for s in window.steps)),)
             segments = tuple(Segment(segment.steps, 0) for segment in segments)
-        asked = resolve_gradient_steps(run, gradient_steps, windows[-1].steps[-1])
-        split = "train" in kept or train is not None
-        samples = _samples(inputs)
+        last = windows[-1].steps[-1]
+        asked = resolve_gradient_steps(run, given["gradient_steps"], last)
+        split, samples = "train" in kept or given["train"] is not None, _samples(inputs)
         function = ExplainedFunction(
-            run.model, run.buffers(), inputs, as_output(output, run.loss), chunk=chunk,
-            rows=resolve_test(test, samples),
-            buffers_at=run.buffers if buffers == "recorded" and run.moving_buffers else None,
+            run.model, run.buffers(), inputs, as_output(given["output"], run.loss), chunk=given["chunk"],
+            rows=resolve_test(given["test"], samples),
+            buffers_at=run.buffers if given["buffers"] == "recorded" and run.moving_buffers else None,
         )  # fmt: skip
-        if split and run.loss is None:
-            raise QuestionError(
-                "the run's loss is not known, so gradients cannot be split by training sample",
-                where="train",
-                expected="a loss of torch.nn, or one that is given",
-                remedy="say open_run(..., loss=...)",
-            )
-        entries = resolve_train(run, train, asked) if split else None
+        entries = _train_entries(run, given["train"], asked) if split else None
         notes = [
-            *drawn("step", steps, len(run.steps)),
-            *drawn("gradient_step", gradient_steps, windows[-1].steps[-1]),
-            *drawn("train", train, 0 if entries is None else entries.scope),
-            *drawn("test", test, samples),
+            *drawn("step", given["steps"], len(run.steps)),
+            *drawn("gradient_step", given["gradient_steps"], last),
+            *drawn("train", given["train"], 0 if entries is None else entries.scope),
+            *drawn("test", given["test"], samples),
         ]
         return cls(
             run=run,
@@ -161,12 +129,12 @@ class Question:
             layers=resolved,
             rest=rest,
             keep=kept,
-            quadrature=Quadrature(nodes, tolerance, max_nodes),
+            quadrature=Quadrature(given["nodes"], given["tolerance"], given["max_nodes"]),
             function=function,
-            memory=parse_memory(memory),
-            strategy=strategy,
+            memory=parse_memory(given["memory"]),
+            strategy=given["strategy"],
             chords=chords,
-            carries=split and (unattributed == "carry" or run.coarse),
+            carries=split and (given["unattributed"] == "carry" or run.coarse),
             notes=tuple(notes),
         )
 
@@ -232,6 +200,35 @@ class Question:
     def value_bytes(self) -> int:
         """Bytes of one stored influence: the run's own precision where a step is kept, float64 for sums over steps."""
         return self.function.dtype.itemsize if "step" in self.keep and self.function.dtype == torch.float32 else 8
+
+
+def _check_choices(given: QuestionArguments) -> None:
+    """Arguments of which there are but a few, and numbers of something (QuestionError)."""
+    unattributed, buffers = given["unattributed"], given["buffers"]
+    if unattributed not in ("refuse", "carry"):
+        raise QuestionError(
+            "there is no such way with unattributed gradients",
+            where="unattributed",
+            expected=("refuse", "carry"),
+            got=unattributed,
+        )
+    if buffers not in ("recorded", "final"):
+        raise QuestionError("there are no such buffers", where="buffers", expected=("recorded", "final"), got=buffers)
+    for name, what in (("chords", "chords is no number of steps"), ("chunk", "chunk is no number of samples")):
+        value = cast("dict[str, Any]", given)[name]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise QuestionError(what, where=name, expected="an integer >= 1", got=value)
+
+
+def _train_entries(run: Run, train: Any, gradient_steps: Sequence[int]) -> TrainEntries:
+    if run.loss is None:
+        raise QuestionError(
+            "the run's loss is not known, so gradients cannot be split by training sample",
+            where="train",
+            expected="a loss of torch.nn, or one that is given",
+            remedy="say open_run(..., loss=...)",
+        )
+    return resolve_train(run, train, gradient_steps)
 
 
 def _merged(layers: Sequence[Layer], layer: Layer) -> dict[str, Any]:

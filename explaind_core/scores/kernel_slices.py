@@ -7,13 +7,13 @@ work: asked for apart, they are computed twice.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import xarray as xr
 
 from explaind_core.attribution import Frame, contributions
-from explaind_core.questions import Question, check_fits
+from explaind_core.questions import CommonArguments, Question, check_fits, spelled_out
 from explaind_core.run import Run
 from explaind_core.strategies import choose, cosines, row_bytes
 
@@ -22,21 +22,8 @@ __all__ = ["kernel_slices"]
 _KEEP = ("step", "layer", "train", "test")
 
 
-def kernel_slices(
-    run: Run,
-    inputs: Any,
-    *,
-    steps: Any = None,
-    layers: Any = None,
-    train: Any = None,
-    output: Any = None,
-    test: Any = None,
-    nodes: int | str = "adaptive",
-    tolerance: float = 1e-3,
-    max_nodes: int = 32,
-    memory: str | int = "4GiB",
-    progress: bool = True,
-) -> xr.Dataset:
+@spelled_out
+def kernel_slices(run: Run, inputs: Any, *, progress: bool = True, **question: Unpack[CommonArguments]) -> xr.Dataset:
     r"""The kernel by training and test sample, window by window and layer by layer, and Definition 4.4's similarity.
 
     ::
@@ -45,13 +32,15 @@ def kernel_slices(
         similarity[S, l, x, x'] = cos of the tensors (phi_s(x)_p h_{s,k,p}) over s in S, p in l and k
 
     The kernel equals ``attribute(..., keep=("step", "layer", "train", "test"))``, the similarity
-    ``similarity(..., per=("step", "layer"), over=("step", "parameter", "train"))`` (paper, section 5.2).
+    ``similarity(..., per=("step", "layer"), over=("step", "parameter", "train"))`` (paper, section 5.2). Name
+    windows of steps: ``{"late": slice(1850, 1900)}``.
 
     Args:
-        run, inputs, output, steps, train, layers, test, nodes, tolerance, max_nodes: as for
-            :func:`explaind_core.attribute`; outputs are summed. Name windows of steps: ``{"late": slice(1850, 1900)}``.
+        run: a run opened with its model.
+        inputs: the n test samples, as for :func:`explaind_core.attribute`; outputs are summed.
         memory: must hold the features of all training samples (gradient, states and what is read out: four numbers per
             sample and parameter), and the feature maps of all test samples.
+        **question: what is asked, see :class:`explaind_core.questions.CommonArguments`.
         progress: show a bar with the remaining time.
 
     Returns:
@@ -69,21 +58,17 @@ def kernel_slices(
         >>> dict(slices.similarity.sizes)
         {'step': 1, 'layer': 2, 'test': 2, 'other': 2}
     """
-    question = Question.ask(
-        run, inputs, keep=_KEEP, output=output, steps=steps, layers=layers, train=train, test=test, nodes=nodes,
-        tolerance=tolerance, max_nodes=max_nodes, memory=memory, strategy="features",
-    )  # fmt: skip
-    question = replace(question, gram=True)
-    frame = Frame(question, "features")
-    choice = choose(question, frame.outputs)
-    n = question.function.samples
+    asked = replace(Question.ask(run, inputs, keep=_KEEP, strategy="features", **question), gram=True)
+    frame = Frame(asked, "features")
+    choice = choose(asked, frame.outputs)
+    n = asked.function.samples
     check_fits(
-        question.memory, 4 * n * row_bytes(question), f"kernel slices, feature maps of {n} test samples at a time",
+        asked.memory, 4 * n * row_bytes(asked), f"kernel slices, feature maps of {n} test samples at a time",
         "restrict layers= or test=, or raise memory=",
     )  # fmt: skip
-    matrices = 3 * 8 * len(question.windows) * len(question.layers) * n**2
+    matrices = 3 * 8 * len(asked.windows) * len(asked.layers) * n**2
     check_fits(
-        question.memory, question.result_bytes(frame.outputs) + matrices,
+        asked.memory, asked.result_bytes(frame.outputs) + matrices,
         f"kernel slices and similarities of {n} test samples", "name fewer windows or test samples, or raise memory=",
     )  # fmt: skip
     parts = list(contributions(frame, choice, progress=progress))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import xarray as xr
@@ -11,7 +11,7 @@ import xarray as xr
 from explaind_core.attribution import Frame, answer
 from explaind_core.errors import QuestionError
 from explaind_core.progress import track
-from explaind_core.questions import Question
+from explaind_core.questions import PathArguments, Question, spelled_out
 from explaind_core.results import TERMS, closure_error
 from explaind_core.run import Run
 from explaind_core.training_step import ParameterInfo
@@ -28,7 +28,8 @@ def top_samples(result: xr.Dataset, k: int = 10, *, by: str = "absolute") -> xr.
 
     Args:
         result: of :func:`explaind_core.attribute`, with ``train`` kept.
-        k: how many. by: ``"absolute"`` size, or the most ``"positive"`` or ``"negative"`` contributions.
+        k: how many.
+        by: ``"absolute"`` size, or the most ``"positive"`` or ``"negative"`` contributions.
 
     Returns:
         ``sample`` (the label) and ``influence`` (what it added, in units of the output) over (..., rank); ties go
@@ -70,8 +71,15 @@ def top_samples(result: xr.Dataset, k: int = 10, *, by: str = "absolute") -> xr.
     )
 
 
+@spelled_out
 def parameter_importance(
-    run: Run, inputs: Any, *, at_once: int | None = None, progress: bool = True, **question: Any
+    run: Run,
+    inputs: Any,
+    *,
+    keep: None = None,
+    at_once: int | None = None,
+    progress: bool = True,
+    **question: Unpack[PathArguments],
 ) -> xr.Dataset:
     """How much every single parameter mattered: ``sum over x, j | sum over s of its influence on f(x)_j |``.
 
@@ -80,10 +88,12 @@ def parameter_importance(
     nodes, where these are adaptive.
 
     Args:
-        run, inputs: as for :func:`explaind_core.attribute`, as are the arguments in ``question`` (output, steps, train,
-            layers, test, nodes, tolerance, memory, ...).
+        run: a run opened with its model.
+        inputs: the n test samples, as for :func:`explaind_core.attribute`.
+        keep: cannot be said: single parameters are what is kept.
         at_once: test samples in a block at most; by default as many as the memory holds the influences of.
         progress: show a bar over the blocks.
+        **question: what is asked, see :class:`explaind_core.questions.PathArguments`.
 
     Returns:
         ``kernel`` and ``regularization`` over ``parameter``, float64; see :func:`by_parameter`. Beside them, over
@@ -101,12 +111,12 @@ def parameter_importance(
         >>> dict(scores.kernel.sizes), bool((scores.kernel >= 0).all()), dict(scores.residual.sizes)
         ({'parameter': 43}, True, {'test': 2, 'output': 3})
     """
-    if "keep" in question:
-        raise QuestionError("the importance of parameters keeps the parameter axis", where="keep", got=question["keep"])
+    if keep is not None:
+        raise QuestionError("the importance of parameters keeps the parameter axis", where="keep", got=keep)
     if at_once is not None and (not isinstance(at_once, int | np.integer) or at_once < 1):
         raise QuestionError("no samples make no block", where="at_once", expected="1 or more, or None", got=at_once)
-    keep = ("parameter", "test", "output")
-    asked = Question.ask(run, inputs, keep=keep, **question)
+    kept = ("parameter", "test", "output")
+    asked = Question.ask(run, inputs, keep=kept, **question)
     frame = Frame(asked)
     samples = asked.function.samples
     # A block's influences, and their absolute values.
@@ -118,7 +128,8 @@ def parameter_importance(
     edges: list[xr.Dataset] = []
     parts: list[dict[str, Any]] = []
     for block in track(blocks, len(blocks), "importance of parameters", enabled=progress):
-        result = answer(Question.ask(run, inputs, keep=keep, **question | {"test": block}), progress=False)
+        question["test"] = block
+        result = answer(Question.ask(run, inputs, keep=kept, **question), progress=False)
         scores = abs(result[[name for name in TERMS if name in result]]).sum(("test", "output"))
         total = scores if total is None else total + scores
         edges.append(result[[name for name in ("initial", "final", *frame.edges) if name in result]])
@@ -140,7 +151,8 @@ def by_parameter(values: xr.DataArray, parameters: Mapping[str, ParameterInfo]) 
     """Values along the parameter axis, put back into tensors of the parameters' shapes.
 
     Args:
-        values: with a ``parameter`` axis. parameters: ``run.parameters``.
+        values: with a ``parameter`` axis.
+        parameters: ``run.parameters``.
 
     Returns:
         Parameter name -> ``[*other axes, *shape]``, NaN where a restriction left entries out; a tensor of which nothing

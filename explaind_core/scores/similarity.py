@@ -12,39 +12,52 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Annotated, Any, Self, TypedDict, Unpack, cast
 
 import numpy as np
 import xarray as xr
 
 from explaind_core.attribution import answer
 from explaind_core.errors import QuestionError
-from explaind_core.questions import AXES, Findings, Question, Window, check_fits, segments_of
+from explaind_core.questions import (
+    AXES,
+    Argument,
+    CommonArguments,
+    Findings,
+    Question,
+    Window,
+    check_fits,
+    segments_of,
+    spelled_out,
+)
 from explaind_core.run import Run
 from explaind_core.scores.grams import InnerProducts, gram
 from explaind_core.strategies import Matrices, cosines
 
-__all__ = ["Asked", "similarity"]
+__all__ = ["Asked", "SimilarityArguments", "similarity"]
 
 _OVER = ("step", "parameter", "train", "output")
 
 
+class PairArguments(TypedDict, total=False):
+    """What pairs of predictions are compared in."""
+
+    over: Annotated[Sequence[str], Argument(_OVER, (
+        "the axes that the tensors are flattened over; all others are summed first, which is another question."
+    ))]  # fmt: skip
+    per: Annotated[Sequence[str], Argument((), (
+        'axes with a matrix for each entry: ``"layer"``, or ``"step"`` (each window of steps, where they are named). '
+        'Steps of a window are summed first, unless ``over`` has ``"step"``, too.'
+    ))]  # fmt: skip
+
+
+class SimilarityArguments(PairArguments, CommonArguments, total=False):
+    """What similarities are asked with."""
+
+
+@spelled_out
 def similarity(
-    run: Run,
-    inputs: Any,
-    *,
-    over: Sequence[str] = _OVER,
-    per: Sequence[str] = (),
-    output: Any = None,
-    steps: Any = None,
-    train: Any = None,
-    layers: Any = None,
-    test: Any = None,
-    nodes: int | str = "adaptive",
-    tolerance: float = 1e-3,
-    max_nodes: int = 32,
-    memory: str | int = "4GiB",
-    progress: bool = True,
+    run: Run, inputs: Any, *, progress: bool = True, **arguments: Unpack[SimilarityArguments]
 ) -> xr.DataArray:
     """``cos(T(x), T(x'))`` of the kernel's influence tensors of all pairs of test samples (paper, Definition 4.4).
 
@@ -53,12 +66,11 @@ def similarity(
     explained and parameter entry. Otherwise ``attribute`` is asked for the tensors, which must fit into ``memory``.
 
     Args:
-        run, inputs, output, steps, train, layers, test: as for :func:`explaind_core.attribute`.
-        over: the axes that the tensors are flattened over; all others are summed first, which is another question.
-        per: axes with a matrix for each entry: ``"layer"``, or ``"step"`` (each window of steps, where they are named).
-            Steps of a window are summed first, unless ``over`` has ``"step"``, too.
-        nodes, tolerance, max_nodes: as for ``attribute``; adaptive orders are those of f's change along the step.
+        run: a run opened with its model.
+        inputs: the n test samples, as for :func:`explaind_core.attribute`.
+        progress: show a bar with the remaining time.
         memory: the most that feature maps and per-sample features may take; more of it means fewer passes.
+        **arguments: see :class:`SimilarityArguments`; adaptive orders are those of f's change along the step.
 
     Returns:
         ``[*per, test, other]``, float64; NaN for a sample that nothing influenced.
@@ -73,10 +85,7 @@ def similarity(
         >>> similarity(record_example(steps=2), inputs, progress=False).values.round(3).diagonal()
         array([1., 1.])
     """
-    asked = Asked.ask(
-        run, inputs, over=over, per=per, output=output, steps=steps, train=train, layers=layers, test=test,
-        nodes=nodes, tolerance=tolerance, max_nodes=max_nodes, memory=memory,
-    )  # fmt: skip
+    asked = Asked.ask(run, inputs, **arguments)
     question, rows = asked.question, asked.question.function.rows.numpy()
     if asked.by_gram:
         found = gram(question, asked.windows, asked.per, progress)
@@ -106,8 +115,10 @@ class Asked:
     """A question for similarities, checked.
 
     Attributes:
-        question: for the tensors. windows: as named; those of the question are single steps where steps are flattened.
-        over, per: see :func:`similarity`. labels: of ``per``.
+        question: for the tensors.
+        windows: as named; those of the question are single steps where steps are flattened.
+        over: see :func:`similarity`.
+        per: see :func:`similarity`.
     """
 
     question: Question
@@ -116,9 +127,16 @@ class Asked:
     per: tuple[str, ...]
 
     @classmethod
-    def ask(cls, run: Run, inputs: Any, *, over: Sequence[str] = _OVER, per: Sequence[str] = (), **rest: Any) -> Self:
-        """Check the axes, and that what is held whatever happens fits into the memory."""
-        over, per = _axes(over), _axes(per)
+    @spelled_out
+    def ask(cls, run: Run, inputs: Any, **arguments: Unpack[SimilarityArguments]) -> Self:
+        """Check the axes, and that what is held whatever happens fits into the memory.
+
+        Args:
+            run: a run opened with its model.
+            inputs: the test samples.
+            **arguments: see :class:`SimilarityArguments`.
+        """
+        over, per = _axes(arguments["over"]), _axes(arguments["per"])
         flattened = tuple(axis for axis in AXES if axis != "test")
         repeated = len({*over}) < len(over) or len({*per}) < len(per)
         if not over or repeated or not {*over} <= {*flattened} or not {*per} <= {"layer", "step"}:
@@ -128,7 +146,9 @@ class Asked:
                 expected=f"over some of {flattened}, per some of ('layer', 'step')",
                 got=(over, per),
             )
-        question = Question.ask(run, inputs, keep=tuple({"test", *over, *per}), **rest)
+        rest = {name: value for name, value in arguments.items() if name in CommonArguments.__annotations__}
+        kept = tuple({"test", *over, *per})
+        question = Question.ask(run, inputs, keep=kept, **cast("CommonArguments", rest))
         windows = question.windows
         if "step" in over:  # windows say which steps share a matrix: the tensors have an entry for every step
             each = tuple(Window(s, (s,)) for s in question.steps)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 from explaind_core.attribution import GUESSED_NODES, Plan, plan_of
-from explaind_core.questions import Question
+from explaind_core.questions import Question, spelled_out
 from explaind_core.run import Run
 from explaind_core.scores.grams import Blocks, order_of, passes_of
 from explaind_core.scores.second_moments import restricted_to
-from explaind_core.scores.similarity import Asked
+from explaind_core.scores.similarity import Asked, SimilarityArguments
 from explaind_core.strategies import (
     HELD,
     EntryFeatures,
@@ -29,11 +29,18 @@ __all__ = ["plan_similarity"]
 _FEW, _SOME, _TESTED = 16, 128, 64
 
 
-def plan_similarity(run: Run, inputs: Any, **question: Any) -> Plan:
+@spelled_out
+def plan_similarity(run: Run, inputs: Any, *, progress: bool = True, **arguments: Unpack[SimilarityArguments]) -> Plan:
     """What :func:`explaind_core.similarity` would do with the same arguments, without doing it.
 
     One piece of each kind of work is timed on the run's first two steps. Features of training samples are timed for
     two numbers of them, and extrapolated along a line.
+
+    Args:
+        run: a run opened with its model.
+        inputs: the n test samples, as for ``similarity``.
+        progress: no bar is shown: nothing takes so long.
+        **arguments: see :class:`explaind_core.scores.similarity.SimilarityArguments`.
 
     Returns:
         A plan whose ``strategy`` is ``"gram"``, or the one of :func:`explaind_core.attribute` where tensors are asked
@@ -48,8 +55,8 @@ def plan_similarity(run: Run, inputs: Any, **question: Any) -> Plan:
         >>> plan_similarity(record_example(steps=3), torch.zeros(2, 4, dtype=torch.float64), nodes=1).strategy
         'gram'
     """
-    question.pop("progress", None)
-    asked = Asked.ask(run, inputs, **question)
+    del progress
+    asked = Asked.ask(run, inputs, **arguments)
     if not asked.by_gram:
         found = plan_of(asked.question)
         return replace(found, result_bytes=asked.held // 3, peak_bytes=found.peak_bytes + asked.held)
