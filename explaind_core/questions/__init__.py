@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from explaind_core.questions.arguments import (
     AXES,
-    DEFAULT_AXES,
     Argument,
     AttributionArguments,
     CommonArguments,
     PathArguments,
-    QuestionArguments,
     question_of,
     spelled_out,
 )
@@ -27,7 +25,6 @@ from explaind_core.questions.windows import Contribution, WindowSum
 
 __all__ = [
     "AXES",
-    "DEFAULT_AXES",
     "GRADIENT_AXES",
     "Argument",
     "AttributionArguments",
@@ -40,7 +37,6 @@ __all__ = [
     "PathArguments",
     "Places",
     "Question",
-    "QuestionArguments",
     "Sample",
     "Segment",
     "Window",

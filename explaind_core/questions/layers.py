@@ -27,7 +27,8 @@ class Layer:
     """A named set of parameter entries.
 
     Attributes:
-        name: its label. masks: parameter name -> None for all of it, or a mask (1 inside, 0 outside).
+        name: its label.
+        masks: parameter name -> None for all of it, or a mask (1 inside, 0 outside).
     """
 
     name: str

@@ -34,7 +34,8 @@ class Sample:
     """Some positions of an axis, drawn without replacement; every result that rests on them says so.
 
     Args:
-        size: how many. seed: of the draw.
+        size: how many.
+        seed: of the draw.
 
     Raises:
         QuestionError: there are not that many.
@@ -182,7 +183,9 @@ class TrainEntries:
     """The entries of the train axis: one sample each, or one group of samples each.
 
     Attributes:
-        labels: sample ids, or the groups' names. of: sample id -> its entry. restricted: whether samples are left out.
+        labels: sample ids, or the groups' names.
+        of: sample id -> its entry.
+        restricted: whether samples are left out.
         scope: how many samples the gradients in scope are of.
     """
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from explaind_core.errors import RecordingError
 from explaind_core.recording.batch_log import BatchLog
 from explaind_core.recording.early_check import EarlyCheck, no_pass
-from explaind_core.recording.run_writer import RunWriter
-from explaind_core.recording.seen_step import SeenStep
+from explaind_core.recording.run_writer import RunWriter, SeenStep
 from explaind_core.recording.subject import Subject
 from explaind_core.training_step import MicroBatch, fingerprint
 

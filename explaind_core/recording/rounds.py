@@ -38,8 +38,7 @@ from torch import Tensor
 from explaind_core.errors import RecordingError
 from explaind_core.recording.batch_log import BatchLog
 from explaind_core.recording.gradient_origins import GradientOrigins
-from explaind_core.recording.run_writer import RunWriter
-from explaind_core.recording.seen_step import SeenStep
+from explaind_core.recording.run_writer import RunWriter, SeenStep
 from explaind_core.recording.subject import Subject
 from explaind_core.rules import OWNER
 from explaind_core.tensors import check_parameters, copied

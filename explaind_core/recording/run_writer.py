@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,37 @@ from explaind_core import trees
 from explaind_core.errors import ExplaindError, RecordingError, StoreError
 from explaind_core.naming import plain, qualified_name
 from explaind_core.recording.batch_log import BatchLog
+from explaind_core.recording.inner_iterations import Evaluation
 from explaind_core.recording.last_state import LastState, state_at_start
-from explaind_core.recording.seen_step import SeenStep
 from explaind_core.recording.subject import Subject
 from explaind_core.store import FORMAT, VERSION, RunStore, WriteQueue
 from explaind_core.tensors import check_parameters, copied
 from explaind_core.training_step import describe_loss, environment, provenance
 
-__all__ = ["RunWriter"]
+__all__ = ["RunWriter", "SeenStep"]
+
+
+@dataclass
+class SeenStep:
+    """What was seen of a step.
+
+    Attributes:
+        gradients: by parameter, as the optimizer was fed them.
+        groups: the hyper-parameters of every group, before it.
+        evaluations: the calls of its closure, where the optimizer iterates inside a step.
+        clips: how the gradients were clipped, in order.
+        buffers_before: buffers that did not stand where the last step left them when the model was called.
+        recomputation: what else is needed to compute the gradients again, as JSON.
+        stepped: which of several optimizers made it; empty for one.
+    """
+
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    clips: list[list[Any]] = field(default_factory=list)
+    buffers_before: dict[str, Tensor] = field(default_factory=dict)
+    recomputation: dict[str, Any] = field(default_factory=dict)
+    stepped: list[int] = field(default_factory=list)
 
 
 class RunWriter:

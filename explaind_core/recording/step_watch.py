@@ -48,9 +48,8 @@ from explaind_core.recording.forward_watch import ForwardWatch
 from explaind_core.recording.inner_iterations import Evaluation, IterationSplitter
 from explaind_core.recording.recomputation_notes import RecomputationNotes
 from explaind_core.recording.rounds import Rounds
-from explaind_core.recording.run_writer import RunWriter
+from explaind_core.recording.run_writer import RunWriter, SeenStep
 from explaind_core.recording.scaler_watch import ScalerWatch
-from explaind_core.recording.seen_step import SeenStep
 from explaind_core.recording.subject import Subject
 from explaind_core.rules import OWNER
 from explaind_core.tensors import check_gradients, copied

@@ -42,7 +42,7 @@ class Described:
         path: its file.
         node: its definition.
         names: its arguments, fields and attributes, those of the classes it extends included.
-        foreign: it extends a class of another package, whose names are not known.
+        foreign: it extends a class of another package, or unpacks arguments, whose names are not known.
         sections: header -> entries.
     """
 
@@ -108,7 +108,8 @@ def _names(node: Documented, classes: dict[str, list[ast.ClassDef]]) -> tuple[se
     """The arguments of a function, or the fields and attributes of a class; and whether there may be more."""
     if not isinstance(node, ast.ClassDef):
         a = node.args
-        return {arg.arg for arg in [*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg] if arg}, False
+        unpacked = bool(a.kwarg and a.kwarg.annotation and "Unpack[" in ast.unparse(a.kwarg.annotation))
+        return {arg.arg for arg in [*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg] if arg}, unpacked
     names: set[str] = set()
     for part in node.body:
         if isinstance(part, ast.AnnAssign | ast.Assign):
