@@ -252,7 +252,16 @@ def test_other_folders_import_from_faces():
     assert past(files("explaind_core", "optimizers", "studies")) == set(PAST_THE_FACE)
 
 
-# ------------------------------------------------------------------ sizes, pages
+# ------------------------------------------------------------------ tests, sizes, pages
+#: Folders of tests that are not named after a folder of the package: what they test or hold.
+OTHER_TESTS = {"studies", "support", "tools"}
+
+
+def test_tests_mirror_the_package():
+    named = {p.name for p in (ROOT / "tests").iterdir() if p.is_dir() and any(p.glob("*.py"))}
+    assert named - OTHER_TESTS <= set(FOLDERS)
+
+
 LONGEST = 400
 
 
