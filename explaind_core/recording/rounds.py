@@ -8,6 +8,7 @@ its first gradients, and ``now`` is the point where the model stands. What happe
     ---------  -------------------------------------------------  ----------  ----------------------------------------
     no round   begin_step, all its gradients taken now            begun       -
     no round   begin_step, any other gradient                     no round    refused: not taken where the step begins
+    no round   skip_step                                          under way   that it took part is kept
     begun      begin_step (the step before raised an error)       begun       as for no round
     begun      end_step, skip_step                                under way   its parameters, groups, gradients kept
     under way  begin_step of one that took part                   begun       the round ends; then as for no round

@@ -6,17 +6,11 @@ import gc
 import json
 import os
 
-import pytest
 from torch import nn
 
 from explaind_core.run.recompute import Recomputation
 from support.mode_loops import MODES, reading, recorded
 from support.mode_trainings import Training
-
-
-@pytest.fixture(params=MODES)
-def mode(request):
-    return request.param
 
 
 def stretches(folder):
