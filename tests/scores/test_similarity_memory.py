@@ -49,8 +49,8 @@ def test_little_memory_means_more_passes_and_smaller_blocks_and_the_same_numbers
             super().__init__(*arguments, **options)
             seen["entries"].append(self.count)
 
-    def feature_map(question, before, after, names, block, points, columns):
-        found = original(question, before, after, names, block, points, columns)
+    def feature_map(question, function, before, after, names, block, points, columns):
+        found = original(question, function, before, after, names, block, points, columns)
         seen["rows"].add(block.stop - block.start)
         seen["columns"].add(next(iter(found.values())).shape[1])
         return found
