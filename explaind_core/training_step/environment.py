@@ -1,4 +1,4 @@
-"""What decides about the last bits of a computation, as it stood when a run was recorded and as it stands now."""
+"""The machine that trains: what decides about the last bits of a computation, and where a run comes from."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         device: where the model lies.
 
     Returns:
-        JSON.
+        What differs where two machines differ in the last bits: names -> strings, numbers and booleans.
 
     Example:
         >>> environment(torch.device("cpu"))["torch"] == torch.__version__
@@ -51,7 +51,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         now: that of the present.
 
     Returns:
-        One sentence part a difference.
+        A clause for each difference, joined by commas.
 
     Example:
         >>> differences({"torch": "2.6", "threads": 2}, {"torch": "2.13", "threads": 2})
@@ -67,9 +67,6 @@ def threads(count: int) -> Iterator[None]:
 
     Args:
         count: how many; what it was before is set again on leaving.
-
-    Yields:
-        Nothing.
 
     Example:
         >>> with threads(1):
@@ -91,7 +88,7 @@ def provenance() -> dict[str, Any]:
     """What the manifest keeps of the present.
 
     Returns:
-        JSON.
+        Time, commit, versions, platform, seed and threads, as JSON holds them.
 
     Example:
         >>> sorted(provenance())
