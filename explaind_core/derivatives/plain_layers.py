@@ -84,7 +84,7 @@ class Use:
 
     def fits(self, b: int) -> bool:
         """Whether the first axis can be that of b samples, or of their parts one after the other."""
-        # Axes of an input that has samples: features of a linear layer, none of an embedding, those that are normalised.
+        # Axes of an input with samples: a linear layer's features besides, none for an embedding, all normalised ones.
         least = {nn.Linear: 2, nn.Embedding: 1}
         normalised = len(getattr(self.layer, "normalized_shape", ()))
         return self.a.ndim >= least.get(type(self.layer), normalised + 1) and len(self.a) % b == 0
