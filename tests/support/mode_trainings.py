@@ -150,31 +150,3 @@ TRAININGS = {
     "scaled": Training(autocast=True, scaled=True, clip_norm=0.3),
     "fused scaled": Training(scaled=True, optimizer=lambda p: torch.optim.AdamW(p, lr=0.01, fused=True)),
 }
-
-
-MODES = ["parameters", "snapshots"]
-PLAIN = Training()
-
-
-class Loop:
-    """One step at a time, with a place for what a loop does beside what it declares."""
-
-    def __init__(self, path, mode, model=None, loss=None, **options):
-        self.training = Training(model=(lambda: model) if model else mlp)
-        self.model = self.training.make()
-        self.loss = loss or nn.CrossEntropyLoss()
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
-        self.recorder = explaind.Recorder(path, self.model, self.optimizer, self.loss, mode=mode, **options)
-        self.x, self.y = self.training.x, self.training.y
-
-    def step(self, *, more=lambda _: 0.0, x=None, after=lambda _: None, **declared):
-        self.optimizer.zero_grad()
-        (self.loss(self.model(self.x if x is None else x), self.y) + more(self.model)).backward()
-        self.recorder.batch(self.x, self.y, ids=range(12), **declared)
-        after(self.model)
-        self.optimizer.step()
-
-
-def half(model):
-    for p in model.parameters():
-        p.grad.mul_(0.5)
