@@ -14,9 +14,9 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
+from explaind_core.cli.optimizers import optimizers
 from explaind_core.cli.study import INTERRUPTED, study
 from explaind_core.errors import ExplaindError, QuestionError
 
@@ -24,6 +24,7 @@ __all__ = ["main"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.command()(study)
+app.command()(optimizers)
 console = Console()
 
 RunPath = Annotated[Path, typer.Argument(help="the folder that was passed to explaind.Recorder")]
@@ -149,21 +150,6 @@ def attribute(
     console.print(result)
     console.print(f"closure error {closure:.1e} of the largest output; wrote {out}")
     raise typer.Exit(0 if closure <= 1e-4 else 1)
-
-
-@app.command()
-def optimizers() -> None:
-    """List the registered rules: optimizer, rule, package and version, modelled options."""
-    from explaind_core.naming import qualified_name
-    from explaind_core.rules import default_registry
-
-    table = Table("optimizer", "rule", "package", "options")
-    for registered in default_registry().rules():
-        rule = registered.rule
-        options = [*sorted(rule.options), *(f"{k} in {list(v)}" for k, v in sorted(rule.fixed.items()))]
-        package = f"{registered.package} {registered.version}"
-        table.add_row("\n".join(rule.optimizers), qualified_name(type(rule)), package, ", ".join(options))
-    console.print(table)
 
 
 @app.command()

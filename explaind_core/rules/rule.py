@@ -207,6 +207,11 @@ class UpdateRule(ABC):
         """
         return NotImplemented
 
+    @property
+    def has_recursion(self) -> bool:
+        """Whether the rule writes its optimizer's step down, in :meth:`recursion`, to be proved against."""
+        return type(self).recursion is not UpdateRule.recursion
+
     def alpha(self, s: Any, i: Any, hyper: Mapping[str, Any]) -> Any:  # noqa: ARG002
         """The step learning rate ``alpha_{s,i}`` for i <= s, in closed form, at constant hyper-parameters.
 
