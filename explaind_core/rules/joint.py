@@ -9,6 +9,7 @@ import torch
 
 from explaind_core.errors import RecordingError, UnsupportedOptionError
 from explaind_core.naming import qualified_name
+from explaind_core.rules.missing import optimizer_inside
 from explaind_core.rules.registry import RegisteredRule
 from explaind_core.rules.rule import RecordedStep, StepCoefficients, UpdateRule
 
@@ -66,11 +67,13 @@ def each_optimizer(optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optim
     given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     strangers = [type(o).__name__ for o in given if not isinstance(o, torch.optim.Optimizer)]
     if strangers or not given or len({id(o) for o in given}) < len(given):
+        inside = next((found for found in map(optimizer_inside, given) if strangers and found[1] is not None), None)
         raise RecordingError(
             "the optimizer to record is not an optimizer, or a list of different ones",
             where="optimizer",
             expected="a torch.optim.Optimizer, or a list of them",
             got=strangers or [type(o).__name__ for o in given],
+            remedy=inside and f"it wraps one: pass that, {inside[0]}, which is a {qualified_name(type(inside[1]))}",
         )
     return given
 

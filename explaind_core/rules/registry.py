@@ -10,9 +10,10 @@ from importlib.metadata import EntryPoint, entry_points
 import pluggy
 import torch
 
-from explaind_core.errors import AmbiguousRuleError, PluginError, RuleNotFoundError
+from explaind_core.errors import AmbiguousRuleError, PluginError
 from explaind_core.naming import qualified_name
 from explaind_core.rules import hookspecs
+from explaind_core.rules.missing import rule_not_found
 from explaind_core.rules.rule import UpdateRule
 from explaind_core.rules.trials import Trials, default_trials
 
@@ -154,7 +155,7 @@ class Registry:
         """The one rule that speaks for ``optimizer``.
 
         Raises:
-            RuleNotFoundError: none does; names the rules of its base classes, if any.
+            RuleNotFoundError: none does; names the nearest rules and the ways out.
             AmbiguousRuleError: several do; names them.
             PluginError: a plugin raised, or returned something else than a rule.
         """
@@ -174,16 +175,7 @@ class Registry:
                 got="\n            ".join(sorted(map(str, candidates.values()))),
                 remedy="uninstall all of these plugins but one",
             )
-        bases = [qualified_name(base) for base in type(optimizer).__mro__[1:]]
-        related = [str(r) for r in rules if set(bases) & set(r.rule.optimizers)]
-        known = sorted({optimizer for r in rules for optimizer in r.rule.optimizers})
-        raise RuleNotFoundError(
-            f"no registered rule speaks for the optimizer {name}",
-            expected=f"one of {', '.join(known)}",
-            got=name + (f"; a rule exists for its base class: {', '.join(related)}" if related else ""),
-            remedy="install a plugin that declares it, or write one: a subclass of explaind.UpdateRule whose "
-            f"optimizers contain {name!r}",
-        )
+        raise rule_not_found(optimizer, {name: str(r) for r in rules for name in r.rule.optimizers})
 
     def trials_for(self, rule: UpdateRule) -> tuple[Trials, ...]:
         """How trainings are drawn to check ``rule``: as a plugin says, or guessed from the optimizer's constructor.
