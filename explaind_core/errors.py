@@ -10,6 +10,7 @@ __all__ = [
     "AmbiguousRuleError",
     "CoefficientError",
     "ConformanceError",
+    "DisprovedError",
     "ExplaindError",
     "InferenceError",
     "LayerError",
@@ -80,6 +81,10 @@ class CoefficientError(ExplaindError):
 
 class ProofError(ExplaindError):
     """A rule's declaration is not the recursion of its optimizer, or could not be proved to be."""
+
+
+class DisprovedError(ProofError):
+    """A term of a rule's declaration differs from its optimizer's recursion, by numbers that show it."""
 
 
 class ConformanceError(ExplaindError):

@@ -7,10 +7,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from explaind_core.errors import ProofError
 from explaind_core.naming import qualified_name
 from explaind_core.rules import Registry, UpdateRule, default_registry
-from explaind_core.symbolic import prove
+from explaind_core.symbolic import standing
 
 __all__ = ["lines_of_algebra", "tables"]
 
@@ -76,10 +75,10 @@ def _worst(families: Mapping[str, Mapping[str, Any]], name: str) -> str:
 
 def _proof(rule: UpdateRule) -> tuple[str, list[str]]:
     """A word for the table, and the closed forms."""
-    try:
-        proof = prove(rule)
-    except ProofError as error:
-        return "none", [f"Not proved: {error.what}."]
+    stands = standing(rule)
+    proof = stands.proof
+    if proof is None:
+        return stands.word, [f"{stands.word[0].upper()}{stands.word[1:]}: {stands.text.splitlines()[0]}."]
     if not proof.proved:
         return "no closed form", [f"No symbolic proof: {proof.reason}."]
     forms: dict[str, list[str]] = {}

@@ -157,7 +157,7 @@ def check_plugin(
     rule: Annotated[str, typer.Argument(help="MODULE:RULE, a subclass of explaind.UpdateRule")],
     examples: Annotated[int, typer.Option(min=1, help="drawn trainings per family")] = 100,
 ) -> None:
-    """Run the conformance kit and the symbolic proof on a rule; 0 if it is exact and not disproved."""
+    """Run the conformance kit and the symbolic proof on a rule; 0 if it is exact and its proof, if written, holds."""
     from explaind_core.conformance import check_plugin as check
     from explaind_core.rules import UpdateRule
 

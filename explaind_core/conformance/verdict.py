@@ -10,7 +10,7 @@ from rich.table import Table
 
 from explaind_core.conformance.one_case import Conformance
 from explaind_core.conformance.search import check_trials
-from explaind_core.errors import ConformanceError, ProofError
+from explaind_core.errors import ConformanceError
 from explaind_core.naming import qualified_name
 from explaind_core.progress import track
 from explaind_core.rules import Registry, Trials, UpdateRule, default_registry
@@ -42,7 +42,9 @@ class Verdict:
         families: what the kit found, family by family.
         proof: what :func:`explaind_core.symbolic.prove` printed, or why it proved nothing.
         proved: whether it did.
-        disproved: whether the proof found a term that differs (or nothing to compare and no reason why).
+        disproved: whether the proof found a term that differs.
+        standing: what there is of a proof, in words (see :class:`explaind_core.symbolic.Standing`).
+        failed: whether a proof is written and does not hold, disproved or not.
     """
 
     rule: str
@@ -50,6 +52,8 @@ class Verdict:
     proof: str
     proved: bool
     disproved: bool
+    standing: str
+    failed: bool
 
     @property
     def exact(self) -> bool:
@@ -58,8 +62,8 @@ class Verdict:
 
     @property
     def holds(self) -> bool:
-        """Exact, and not disproved."""
-        return self.exact and not self.disproved
+        """Exact, and any proof that is written holds."""
+        return self.exact and not self.failed
 
     def __str__(self) -> str:
         table = Table(title=f"{self.rule}: largest errors of drawn trainings")
@@ -84,8 +88,7 @@ class Verdict:
             if family.found is not None and family.found.refused:
                 console.print(f"{family.found.refused} drawn combinations were refused by the optimizer's constructor")
         console.print(self.proof, markup=False, highlight=False)
-        proof = "proved" if self.proved else "DISPROVED" if self.disproved else "not proved (it has no closed form)"
-        console.print(f"verdict: {'exact' if self.exact else 'REFUTED'}, {proof}")
+        console.print(f"verdict: {'exact' if self.exact else 'REFUTED'}, {self.standing}")
         return text.getvalue()
 
 
@@ -114,7 +117,7 @@ def check_plugin(
         >>> check_plugin(AdamaxRule, max_examples=5).holds
         True
     """
-    from explaind_core.symbolic import prove  # sympy is for proofs only
+    from explaind_core.symbolic import standing  # sympy is for proofs only
 
     checked = rule() if isinstance(rule, type) else rule
     every = (registry or default_registry()).trials_for(checked)
@@ -124,9 +127,13 @@ def check_plugin(
             families.append(FamilyVerdict(trials, check_trials(checked, trials, max_examples=max_examples)))
         except ConformanceError as error:
             families.append(FamilyVerdict(trials, None, str(error)))
-    try:
-        proof = prove(checked)
-        text, proved, disproved = str(proof), proof.proved, False
-    except ProofError as error:
-        text, proved, disproved = str(error), False, True
-    return Verdict(qualified_name(type(checked)), tuple(families), text, proved, disproved)
+    stands = standing(checked)
+    return Verdict(
+        rule=qualified_name(type(checked)),
+        families=tuple(families),
+        proof=stands.text,
+        proved=stands.proved,
+        disproved=stands.disproved,
+        standing=stands.word,
+        failed=stands.failed,
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from explaind_core.symbolic.branches import Datum
 from explaind_core.symbolic.proof import Proof, ProvedConfiguration, prove
 from explaind_core.symbolic.recursion import RecursionStep
+from explaind_core.symbolic.standing import Standing, standing
 from explaind_core.symbolic.tensor import SymbolicTensor
 
-__all__ = ["Datum", "Proof", "ProvedConfiguration", "RecursionStep", "SymbolicTensor", "prove"]
+__all__ = ["Datum", "Proof", "ProvedConfiguration", "RecursionStep", "Standing", "SymbolicTensor", "prove", "standing"]

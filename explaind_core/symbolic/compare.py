@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import sympy  # type: ignore[import-untyped]
 
-from explaind_core.errors import ProofError
+from explaind_core.errors import DisprovedError, ProofError
 from explaind_core.symbolic.algebra import as_symbols, is_zero, linear_coefficients, proves_zero, text, tidy
 from explaind_core.symbolic.branches import Branch
 from explaind_core.symbolic.closed import ClosedForms
@@ -138,7 +138,7 @@ class Comparison:
         expected, got, step, verdict = differing
         sure = "is not" if verdict is False else "could not be proved to be"
         parts = (step and f"step {step}", self.options, self.branch.text(_STEP))
-        raise ProofError(
+        raise (DisprovedError if verdict is False else ProofError)(
             f"what {type(self.path.rule).__name__} declares {sure} {other}: {term}",
             where="; ".join(part for part in parts if part) or None,
             expected=text(tidy(expected.xreplace(_STEP))),

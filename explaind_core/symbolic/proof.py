@@ -138,7 +138,8 @@ def prove(rule: UpdateRule | type[UpdateRule], steps: int = 3) -> Proof:
         steps: how many steps to unroll.
 
     Raises:
-        ProofError: naming the configuration, the step and the term that differs, or what the rule lacks.
+        DisprovedError: naming the configuration, the step and the term that differs.
+        ProofError: it is neither proved nor disproved; naming what was not shown, or what the rule lacks.
 
     Example:
         >>> from explaind_optimizers import AdamWRule
@@ -152,7 +153,7 @@ def prove(rule: UpdateRule | type[UpdateRule], steps: int = 3) -> Proof:
     name = type(checked).__name__
     if checked.no_closed_form:
         return Proof(name, 0, reason=checked.no_closed_form)
-    if type(checked).recursion is UpdateRule.recursion:
+    if not checked.has_recursion:
         raise ProofError(
             f"{name} has no recursion to be proved against",
             expected="a method recursion(self, step) that returns the parameter after the step",
