@@ -149,6 +149,7 @@ def observed(rule: UpdateRule, make_optimizer: MakeOptimizer, case: Case) -> lis
     steps: list[ReplayedStep] = []
     seen: dict[str, Any] = {}
 
+    rule.check_held_options(optimizer, unused=not optimizer.state)
     aside = rule.options_aside(optimizer)
 
     def hyper() -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ from io import StringIO
 from rich.console import Console
 from rich.table import Table
 
+from explaind_core.conformance.coverage import Coverage
 from explaind_core.conformance.one_case import Conformance
 from explaind_core.conformance.search import check_trials
 from explaind_core.errors import ConformanceError
@@ -45,6 +46,10 @@ class Verdict:
         disproved: whether the proof found a term that differs.
         standing: what there is of a proof, in words (see :class:`explaind_core.symbolic.Standing`).
         failed: whether a proof is written and does not hold, disproved or not.
+        untested: options of the constructor that no drawn training set to anything but their defaults.
+        unmodelled: options that the rule does not name; a recording refuses them where they are not at their defaults.
+        unseen: options that are neither in the parameter groups nor attributes of their names: a recording can compare
+            them with their defaults by the optimizer's other attributes only, before its first step.
     """
 
     rule: str
@@ -54,6 +59,9 @@ class Verdict:
     disproved: bool
     standing: str
     failed: bool
+    untested: tuple[str, ...] = ()
+    unmodelled: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -83,10 +91,15 @@ class Verdict:
         for family in self.families:
             if family.refuted:
                 console.print(family.refuted, markup=False, highlight=False)
-            if family.trials.untested:
-                console.print(f"left at their defaults, untested: {', '.join(family.trials.untested)}")
             if family.found is not None and family.found.refused:
                 console.print(f"{family.found.refused} drawn combinations were refused by the optimizer's constructor")
+        for options, what in (
+            (self.untested, "left at their defaults, untested"),
+            (self.unmodelled, "not named by the rule, refused in a recording unless at their defaults"),
+            (self.unseen, "neither in the parameter groups nor an attribute of that name"),
+        ):
+            if options:
+                console.print(f"{what}: {', '.join(options)}", markup=False, highlight=False)
         console.print(self.proof, markup=False, highlight=False)
         console.print(f"verdict: {'exact' if self.exact else 'REFUTED'}, {self.standing}")
         return text.getvalue()
@@ -121,10 +134,11 @@ def check_plugin(
 
     checked = rule() if isinstance(rule, type) else rule
     every = (registry or default_registry()).trials_for(checked)
-    families = []
+    families, coverage = [], Coverage(checked)
     for trials in track(every, len(every), "training", enabled=progress):
         try:
-            families.append(FamilyVerdict(trials, check_trials(checked, trials, max_examples=max_examples)))
+            found = check_trials(checked, coverage.watching(trials), max_examples=max_examples)
+            families.append(FamilyVerdict(trials, found))
         except ConformanceError as error:
             families.append(FamilyVerdict(trials, None, str(error)))
     stands = standing(checked)
@@ -136,4 +150,7 @@ def check_plugin(
         disproved=stands.disproved,
         standing=stands.word,
         failed=stands.failed,
+        untested=tuple(dict.fromkeys((*coverage.untested, *(name for t in every for name in t.untested)))),
+        unmodelled=coverage.unmodelled,
+        unseen=coverage.unseen,
     )

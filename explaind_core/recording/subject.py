@@ -53,6 +53,8 @@ class Subject:
         self.names = {id(parameter): name for name, parameter in self.parameters.items()}
         self._owners: dict[str, int] = {}
         self.check_parameters()
+        for optimizer, each in zip(self.optimizers, registered, strict=True):
+            each.rule.check_held_options(optimizer, unused=not optimizer.state)
         self.groups()  # refuses options before anything is written
 
     @property
@@ -165,6 +167,7 @@ class Subject:
         for member, (optimizer, registered) in enumerate(zip(self.optimizers, self.registered, strict=True)):
             rule = registered.rule
             aside = rule.options_aside(optimizer)
+            rule.check_held_options(optimizer)
             for index, group in enumerate(optimizer.param_groups):
                 rule.check_options({**group, **aside}, [*optimizer.defaults, *aside])
                 entry: dict[str, Any] = {"params": [self.names[id(p)] for p in group["params"]]}

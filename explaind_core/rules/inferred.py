@@ -83,6 +83,9 @@ class InferredRule(UpdateRule):
     def check_options(self, group: Mapping[str, Any], names: Sequence[str]) -> None:
         """Nothing is known of any option, so none is refused."""
 
+    def check_held_options(self, optimizer: torch.optim.Optimizer, *, unused: bool = False) -> None:
+        """Nothing is known of any option, so none is refused."""
+
     def settings(self) -> dict[str, Any]:
         """The arguments, by which a recorded run knows its rule again."""
         return asdict(self)

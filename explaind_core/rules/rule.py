@@ -24,6 +24,7 @@ from torch import Tensor
 from explaind_core.errors import CoefficientError, UnsupportedOptionError
 from explaind_core.naming import qualified_name
 from explaind_core.rules.filters import LinearFilter, _is_finite
+from explaind_core.rules.held_options import held_options, is_same
 from explaind_core.rules.linear_operator import LinearOperator, Scalar, as_operator
 
 __all__ = ["OptimizerState", "RecordedStep", "StepCoefficients", "UpdateRule"]
@@ -287,6 +288,30 @@ class UpdateRule(ABC):
             option: getattr(optimizer, held) for option, held in self.attributes.items() if hasattr(optimizer, held)
         }
 
+    def check_held_options(self, optimizer: torch.optim.Optimizer, *, unused: bool = False) -> None:
+        """Refuse an optimizer that holds an option outside of its groups which this rule does not model.
+
+        Args:
+            optimizer: compared with the defaults of its constructor.
+            unused: whether it has not stepped yet; then attributes of any name are compared.
+
+        Raises:
+            UnsupportedOptionError: naming the option, its attribute, its value and its default.
+        """
+        modelled = {*self.options, *self.attributes}
+        for held in held_options(optimizer, modelled, unused=unused):
+            if any(is_same(held.value, value) for value in self.fixed.get(held.option, ())):
+                continue
+            usual = self.fixed.get(held.option, (held.default,))
+            raise UnsupportedOptionError(
+                f"{type(self).__name__} does not model the option {held.option}={_shown(held.value)}",
+                where=f"attribute {held.attribute!r} of {qualified_name(type(optimizer))}, not in its parameter groups",
+                expected=f"{held.option}={' or '.join(map(_shown, usual))}, as by default",
+                got=f"{held.option}={_shown(held.value)}",
+                remedy="train without this option, or model it: name it in the rule's options and in its attributes = "
+                f"{{option: {held.attribute!r}}}",
+            )
+
     def check_options(self, group: Mapping[str, Any], names: Sequence[str]) -> None:
         """Refuse a parameter group that uses an option this rule does not model.
 
@@ -310,3 +335,8 @@ class UpdateRule(ABC):
                 got=f"{name}={value!r}",
                 remedy="train without this option, or register a rule that models it",
             )
+
+
+def _shown(value: Any) -> str:
+    """A value of an option to be read: a function by its name."""
+    return str(getattr(value, "__qualname__", None) or repr(value))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from explaind_core.errors import ConformanceError
+from explaind_core.rules.held_options import constructor_options
 from explaind_core.rules.rule import UpdateRule
 
 if TYPE_CHECKING:  # loaded where trainings are drawn, and by plugins that say how: nobody else needs hypothesis
@@ -111,16 +111,14 @@ def default_trials(rule: UpdateRule) -> Trials:
     hyper: dict[str, st.SearchStrategy[Any]] = {}
     scheduled: dict[str, st.SearchStrategy[Any]] = {}
     untested = []
-    for name, parameter in list(inspect.signature(kind).parameters.items())[1:]:
+    for name, default in constructor_options(kind).items():
         if name in rule.fixed:
             hyper[name] = st.sampled_from(list(rule.fixed[name]))
-        elif name not in rule.options:
-            continue
-        elif (found := _guess(name, parameter.default)) is None:
+        elif name not in rule.options or (found := _guess(name, default)) is None:
             untested.append(name)
         else:
             hyper[name] = found
-            if not isinstance(parameter.default, bool):
+            if not isinstance(default, bool):
                 scheduled[name] = found
     return Trials(kind, hyper, scheduled, untested=tuple(untested), may_refuse=True)
 
