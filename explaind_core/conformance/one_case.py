@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from explaind_core.rules import (
     StepCoefficients,
     UpdateRule,
     as_operator,
+    started_states,
 )
 from explaind_core.run import ReplayedStep
 from explaind_core.tensors import to_dense
@@ -98,7 +99,7 @@ def run_case(rule: UpdateRule, make_optimizer: MakeOptimizer, case: Case) -> Con
             worst = worst.merged(
                 Conformance(
                     one_step=one_step,
-                    rollout=past.roll(declared, recorded) / (past.size * len(past.filters)),
+                    rollout=past.roll(rule, declared, recorded) / (past.size * len(past.filters)),
                     alphas=past.alpha_error(),
                     adjoints=_adjoint_error(declared, recorded.theta),
                 )
@@ -152,12 +153,13 @@ class _Past:
     def __init__(self) -> None:
         self.filters: list[LinearFilter] = []
         self.inputs: list[Tensor] = []
+        self.starts: list[tuple[Tensor | None, ...]] = []  # of the states that each step created
         self.state: tuple[Tensor, ...] = ()
         self.out: Tensor | None = None
         self.size = 1.0
         self.off: Tensor | None = None  # how far the declaration's own trajectory is from the real one
 
-    def roll(self, declared: StepCoefficients, recorded: RecordedStep) -> float:
+    def roll(self, rule: UpdateRule, declared: StepCoefficients, recorded: RecordedStep) -> float:
         """Make the declared step from the declaration's own theta and filter state; the distance from the real theta.
 
         Where the model is evaluated elsewhere, decay acts on the real gradient point.
@@ -169,8 +171,10 @@ class _Past:
             for n in ("gradient_operator", "coupled_decay", "preconditioner", "decoupled_decay")
         )
         u = E.apply(recorded.gradient) + W.apply(theta)
-        missing = declared.filter.order - len(self.state)
-        self.state = (*self.state, *(torch.zeros_like(theta) for _ in range(missing)))
+        born = len(self.state)
+        starts = started_states(rule, recorded, declared.filter.order)[born:] if declared.filter.order > born else ()
+        self.state = (*self.state, *(torch.zeros_like(theta) if m is None else m for m in starts))
+        self.starts.append(tuple(starts))
         self.out, self.state = declared.filter.advance(self.state, u)
         self.filters.append(declared.filter)
         self.inputs.append(u)
@@ -193,7 +197,21 @@ class _Past:
             term = _sum(_apply(c, m) for c, m in zip(last.C, states, strict=False))
             if isinstance(term, Tensor):
                 total, scale = total + term, max(scale, _largest(term))
+        for term in self._started(total):
+            total, scale = total + term, max(scale, _largest(term))
         return _largest(self.out - total) / (scale or 1.0)
+
+    def _started(self, like: Tensor) -> Iterator[Tensor]:
+        """What the starts of the states give to the last output: ``C_s A_{s-1} ... A_b m_0``, created in step b."""
+        for b, starts in enumerate(self.starts):
+            if all(m is None for m in starts):
+                continue
+            older = [torch.zeros_like(like)] * (self.filters[b].order - len(starts))
+            states = [*older, *(torch.zeros_like(like) if m is None else m for m in starts)]
+            for between in self.filters[b:-1]:
+                grown = [*states, *(torch.zeros_like(like) for _ in range(between.order - len(states)))]
+                states = [_sum(_apply(a, m) for a, m in zip(row, grown, strict=True)) for row in between.A]
+            yield _sum(_apply(c, m) for c, m in zip(self.filters[-1].C, states, strict=False))
 
 
 def _apply(coefficient: LinearOperator | float, x: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ For each parameter tensor, with everything on the right in float64::
     kernel_s         = - sum_{i<=s} alpha_{s,i} P_s E_i g_i
     regularization_s = - rho_s theta_{s-1} - P_s[ sum_{i<=s} alpha_{s,i} W_i theta_{i-1} ]
     penalty_s        = - sum_{i<=s} alpha_{s,i} P_s E_i d penalty / d theta_{i-1}   (zero unless the loss has one)
-    prehistory_s     = - P_s[ C_s A_{s-1} ... A_1 m_0 ]     (zero unless recording began with a used optimizer)
+    prehistory_s     = - P_s[ C_s A_{s-1} ... A_1 m_0 ]     (zero unless the filter started elsewhere than at zero)
 
+A filter starts elsewhere where recording began with a used optimizer, or where its rule says so (``filter_start``).
 Where the loss has a penalty, a term of the parameters alone, g_i is the fed gradient less the penalty's.
 The sums over i are never formed: the filter runs once over the kernel's inputs, once over the decay's, once over the
 penalty's and once over m_0. ``error_s`` is what the declaration does not explain: rounding, for a correct one.

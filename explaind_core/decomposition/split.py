@@ -10,7 +10,16 @@ from torch import Tensor
 
 from explaind_core.decomposition.rule_view import FLAT, flat_step, recorded_step, split_flat
 from explaind_core.errors import CoefficientError, RecordingError
-from explaind_core.rules import FilterState, LinearFilter, OfReadout, RecordedStep, StepCoefficients, UpdateRule, closed
+from explaind_core.rules import (
+    FilterState,
+    LinearFilter,
+    OfReadout,
+    RecordedStep,
+    StepCoefficients,
+    UpdateRule,
+    closed,
+    started_states,
+)
 from explaind_core.run import ReplayedStep
 from explaind_core.tensors import to_dense
 
@@ -72,8 +81,26 @@ class ParameterFilter:
         fresh = "step" in state and self.clock == 0
         self.used = [] if fresh else sorted(k for k, t in held.items() if bool(t.any()))
         self.named = bool(rule.filter_states)
-        if any(key in self.used for key in rule.filter_states):
+        # What the optimizer holds is what the filter starts at; an unused one may hold zeros that it will overwrite.
+        filled = [k for k in rule.filter_states if k in held and bool(held[k].any())]
+        self.found = frozenset(j for j, k in enumerate(rule.filter_states) if k in held and (not fresh or k in filled))
+        if filled:
             self.prehistory = tuple(_initial(state.get(key), shape) for key in rule.filter_states)
+
+    def start(self, rule: UpdateRule, recorded: RecordedStep, order: int) -> None:
+        """States that ``recorded`` creates start at what the rule declares, unless recording found them."""
+        born = range(len(self.kernel), order)
+        if not born or not rule.starts_elsewhere:
+            return
+        starts = started_states(rule, recorded, order)
+        for j in born:
+            start = starts[j]
+            if start is not None and j not in self.found:
+                missing = j + 1 - len(self.prehistory)
+                zeros = (torch.zeros(self.shape, dtype=torch.float64) for _ in range(missing))
+                state = [*self.prehistory, *zeros]
+                state[j] = start
+                self.prehistory = tuple(state)
 
     def advance(self, split: _Inputs, coefficients: LinearFilter) -> tuple[Tensor, dict[str, Tensor]]:
         """Feed one step; what the filter reads out of gradients, and of the other parts that are not zero.
@@ -157,6 +184,7 @@ def split_update(
     coupled = None if _zero(W) else W.apply(recorded.theta)
     gradient = recorded.gradient if penalty is None else recorded.gradient - penalty
     inputs = _Inputs(E.apply(gradient), coupled, None if penalty is None else E.apply(penalty))
+    memory.start(rule, recorded, declared.filter.order)
     kernel, others = memory.advance(inputs, declared.filter)
     missed = moved = 0.0
     out = sum(others.values(), kernel)  # all that the filter reads out

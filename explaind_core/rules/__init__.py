@@ -5,6 +5,7 @@ It may import errors, naming, tensors and trees; it knows no optimizer, no run a
 
 from __future__ import annotations
 
+from explaind_core.rules.filter_start import checked_count, started_states
 from explaind_core.rules.filters import FilterState, LinearFilter
 from explaind_core.rules.hookspecs import hookimpl
 from explaind_core.rules.inferred import DECAYS, InferredRule, fitted_by
@@ -40,6 +41,7 @@ __all__ = [
     "apply_each",
     "as_operator",
     "check_joinable",
+    "checked_count",
     "closed",
     "default_registry",
     "each_optimizer",
@@ -48,4 +50,5 @@ __all__ = [
     "hookimpl",
     "is_elementwise",
     "joined",
+    "started_states",
 ]

@@ -196,6 +196,36 @@ class UpdateRule(ABC):
     def coefficients(self, step: RecordedStep) -> StepCoefficients:
         """The coefficients of this step; called for every step of every parameter that had a gradient."""
 
+    def filter_start(self, step: RecordedStep) -> Sequence[Tensor | float]:  # noqa: ARG002
+        """m_0: what the filter's states hold before ``step``, which creates them; nothing, the default, is zero.
+
+        For momenta and averages that an optimizer starts at a constant, or at anything else that is no gradient: what
+        they add to updates is counted as prehistory. Asked for once a state; a state that a recording found in the
+        optimizer (see ``filter_states``) starts at what it held.
+
+        Args:
+            step: the first step of this parameter in which the filter has the state.
+
+        Returns:
+            A number or a tensor for each state, in their order; states behind the last one start at zero.
+
+        Example:
+            >>> class Warm(UpdateRule):
+            ...     filter_states = ("momentum",)
+            ...     def coefficients(self, step):
+            ...         return StepCoefficients(preconditioner=step.hyper["lr"], filter=LinearFilter.momentum(0.9))
+            ...     def filter_start(self, step):
+            ...         return (step.hyper["initial_value"],)
+            >>> Warm().starts_elsewhere
+            True
+        """
+        return ()
+
+    @property
+    def starts_elsewhere(self) -> bool:
+        """Whether the rule declares a :meth:`filter_start`."""
+        return type(self).filter_start is not UpdateRule.filter_start
+
     def recursion(self, step: Any) -> Any:  # noqa: ARG002
         """The optimizer's own step, as its paper writes it, for :func:`explaind_core.symbolic.prove`.
 

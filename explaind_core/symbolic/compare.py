@@ -74,7 +74,7 @@ class Comparison:
         ``-rho_s`` for the newest.
         """
         step = self.path.steps[-1]
-        found = linear_coefficients(as_symbols(step.expected), [*step.gradients, *step.thetas])
+        found = linear_coefficients(as_symbols(step.expected - step.prehistory), [*step.gradients, *step.thetas])
         if found is None:
             return
         past, constant = step.declared, self.path.constant()

@@ -18,6 +18,7 @@ from explaind_core.rules import (
     StepCoefficients,
     UpdateRule,
     as_operator,
+    checked_count,
 )
 from explaind_core.symbolic.algebra import as_symbols, is_nonnegative, linear_coefficients
 from explaind_core.symbolic.branches import Datum
@@ -112,6 +113,7 @@ class UnrolledStep:
         expected: the update by the recursion.
         got: the update by the declaration.
         declared: the coefficients of this step and those before, oldest first.
+        prehistory: what the starts of the filter's states (``filter_start``) are of ``got``.
     """
 
     label: int | str
@@ -120,6 +122,21 @@ class UnrolledStep:
     expected: Any
     got: Any
     declared: tuple[Declared, ...]
+    prehistory: Any = sympy.S.Zero
+
+
+@dataclass(frozen=True)
+class _Update:
+    """The declared step: theta_t - theta_{t-1}, the filter's states after it, P_t as it is then known.
+
+    ``prehistory`` is what the starts of the states are of the change, ``started`` what they are of the states.
+    """
+
+    change: Any
+    filter: tuple[Any, ...]
+    P: Any
+    prehistory: Any
+    started: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -137,6 +154,7 @@ class Path:
         state: the optimizer's state of the parameter, by entry.
         group: hyper-parameters that the optimizer has set itself.
         filter: the filter's states.
+        started: what the starts of the filter's states are of them.
         definitions: symbol of a state entry -> its expression, oldest first.
         memory: the symbols of the filter's states where the path begins at any step t > 1; None where it begins at the
             first.
@@ -149,6 +167,7 @@ class Path:
     state: Mapping[str, Any] = field(default_factory=dict)
     group: Mapping[str, Any] = field(default_factory=dict)
     filter: tuple[Any, ...] = ()
+    started: tuple[Any, ...] = ()
     definitions: Mapping[Any, Any] = field(default_factory=dict)
     memory: tuple[Any, ...] | None = None
     sparse: bool = False
@@ -223,36 +242,49 @@ class Path:
         )
         declared = declare(self.rule, recorded)
         with _on_symbols(self.rule, "coefficients"):
-            got, filtered, P = self._declared_update(declared.coefficients, theta, gradient)
+            update = self._declared_update(declared.coefficients, theta, gradient, recorded)
         step = UnrolledStep(
             label=names.label,
             gradients=names.gradients,
             thetas=names.thetas,
             expected=following - theta.expr,
-            got=got,
-            declared=(*(self.steps[-1].declared if self.steps else ()), replace(declared, P=P)),
+            got=update.change,
+            declared=(*(self.steps[-1].declared if self.steps else ()), replace(declared, P=update.P)),
+            prehistory=update.prehistory,
         )
         return replace(
             self,
             steps=(*self.steps, step),
             state=dict(state),
             group={**self.group, **{n: x for n, x in changed.items() if not callable(self.configuration.get(n))}},
-            filter=filtered,
+            filter=update.filter,
+            started=update.started,
             definitions=names.definitions,
             sparse=shown.sparse,
         )
 
-    def _declared_update(self, found: StepCoefficients, theta: Any, gradient: Any) -> tuple[Any, tuple[Any, ...], Any]:
-        """The declared theta_t - theta_{t-1}, the filter's states after it, and P_t as it is then known."""
+    def _declared_update(self, found: StepCoefficients, theta: Any, gradient: Any, recorded: RecordedStep) -> _Update:
         E, W, P, rho = (
             as_operator(getattr(found, n), n)
             for n in ("gradient_operator", "coupled_decay", "preconditioner", "decoupled_decay")
         )
-        new: list[Any] = [SymbolicTensor(0)] * (found.filter.order - len(self.filter))
+        new = self._started(recorded, found.filter.order)
         out, filtered = found.filter.advance((*self.filter, *new), E.apply(gradient) + W.apply(theta))
         if isinstance(P, OfReadout):
             P = P.make(out)
-        return exact(-P.apply(out) - rho.apply(theta)), filtered, _factor(P)
+        prehistory, started = sympy.S.Zero, self.started
+        if self.rule.starts_elsewhere and self.memory is None:
+            read, started = found.filter.advance((*started, *new), SymbolicTensor(0))  # type: ignore[arg-type]
+            prehistory = exact(-P.apply(read))
+        return _Update(exact(-P.apply(out) - rho.apply(theta)), filtered, _factor(P), prehistory, started)
+
+    def _started(self, recorded: RecordedStep, order: int) -> list[Any]:
+        """What the rule declares that those of the filter's ``order`` states hold which this step creates."""
+        if order <= len(self.filter):
+            return []
+        declared = checked_count(self.rule, recorded, self.rule.filter_start(recorded), order)
+        starts = [*map(SymbolicTensor, declared), *(SymbolicTensor(0) for _ in range(order - len(declared)))]
+        return starts[len(self.filter) :]
 
 
 class _Names:
