@@ -12,6 +12,7 @@ from sympy.printing.latex import LatexPrinter  # type: ignore[import-untyped]
 from sympy.printing.str import StrPrinter  # type: ignore[import-untyped]
 
 from explaind_core.symbolic.branches import Branch, Datum
+from explaind_core.symbolic.signs import is_zero_by_signs
 from explaind_core.symbolic.tensor import mean
 
 __all__ = ["as_symbols", "is_nonnegative", "is_zero", "latex", "linear_coefficients", "proves_zero", "text", "tidy"]
@@ -81,7 +82,8 @@ def proves_zero(expr: Any, branch: Branch) -> bool:
         expr: any expression.
         branch: the way.
     """
-    return _is_identity(_known(expr, branch))
+    known = _known(expr, branch)
+    return _is_identity(known) or is_zero_by_signs(known, branch, _is_identity, _settled, limit=12)
 
 
 def is_zero(expr: Any, branch: Branch, definitions: Mapping[Any, Any] | None = None) -> bool | None:
@@ -96,7 +98,7 @@ def is_zero(expr: Any, branch: Branch, definitions: Mapping[Any, Any] | None = N
         True where sympy proves it, False where it differs at some values, None where neither can be shown.
     """
     known = _known(expr, branch)
-    if _is_identity(known):
+    if _is_identity(known) or is_zero_by_signs(known, branch, _is_identity, _settled):
         return True
     definitions = definitions or {}
     if _differs_somewhere(known, branch, {symbol.name: as_symbols(x) for symbol, x in definitions.items()}):
@@ -105,13 +107,19 @@ def is_zero(expr: Any, branch: Branch, definitions: Mapping[Any, Any] | None = N
         if expr.has(symbol):
             expr = expr.xreplace({symbol: definition})
     known = _known(expr, branch)
-    return True if _is_identity(known) or sympy.simplify(_split_roots(known)) == 0 else None
+    if _is_identity(known) or is_zero_by_signs(known, branch, _is_identity, _settled):
+        return True
+    return True if sympy.simplify(_split_roots(known)) == 0 else None
 
 
 def _known(expr: Any, branch: Branch) -> Any:
     known = as_symbols(branch.facts(as_symbols(expr)))
     known = known.xreplace({m: _largest(m) for m in known.atoms(sympy.Max)})
-    return known.xreplace({m: _in_factors(m) for m in known.atoms(sympy.Abs, sympy.sign)})
+    return _settled(known)
+
+
+def _settled(expr: Any) -> Any:
+    return expr.xreplace({m: _in_factors(m) for m in expr.atoms(sympy.Abs, sympy.sign)})
 
 
 @lru_cache(maxsize=4096)
