@@ -10,6 +10,7 @@ from explaind_core.rules import OptimizerState, RecordedStep
 from explaind_core.symbolic.algebra import proves_zero
 from explaind_core.symbolic.branches import Branch, Datum, Option
 from explaind_core.symbolic.recursion import hyper_parameters
+from explaind_core.symbolic.shown import GroupAfter, counted_after
 from explaind_core.symbolic.tensor import SymbolicTensor, exact
 from explaind_core.symbolic.unroll import AHEAD, EARLIER, NAME, Declared, Path, declare
 
@@ -122,7 +123,7 @@ class ClosedForms:
                 hyper=OptimizerState(NAME, hyper, "parameter group"),
                 before=entries(f"{label}-1"),
                 after=entries(label),
-                hyper_after=OptimizerState(NAME, {**hyper, **group}, "parameter group after the step"),
+                hyper_after=GroupAfter(NAME, hyper, counted_after(self._path.configuration, clock), group),
                 point=self._path.configuration.get("point", "gradient"),
                 **data,  # type: ignore[arg-type]
             ),

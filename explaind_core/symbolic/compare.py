@@ -143,7 +143,17 @@ class Comparison:
             where="; ".join(part for part in parts if part) or None,
             expected=text(tidy(expected.xreplace(_STEP))),
             got=text(tidy(got.xreplace(_STEP))),
-            remedy="correct the term in coefficients(), or in recursion() or alpha() if these are wrong"
-            if verdict is False
-            else "write both in forms that are more alike; no numbers were found for which they differ",
+            remedy=(
+                "correct the term in coefficients(), or in recursion() or alpha() if these are wrong"
+                if verdict is False
+                else "write both in forms that are more alike; no numbers were found for which they differ"
+            )
+            + self._unwritten(),
         )
+
+    def _unwritten(self) -> str:
+        """What may be missing in the recursion rather than wrong anywhere."""
+        names = sorted(self.path.unwritten)
+        entries = ", ".join(f"step.hyper_after[{name!r}]" for name in names)
+        told = f"; coefficients() reads {entries}, which recursion() does not set: taken to be as before the step"
+        return told if names else ""

@@ -39,6 +39,8 @@ class ProvedConfiguration:
             and "s,s", "s,1", "1,1" where that formula does not hold. Empty where there is no one formula.
         regularization: r_s, likewise; None where there is no one formula.
         compared: whether ``alpha`` was compared with a closed form that the rule gives.
+        unwritten: entries of the group that ``coefficients`` reads in ``hyper_after`` and ``recursion`` does not set:
+            the proof takes the optimizer to leave them as they were.
     """
 
     options: Configuration
@@ -47,6 +49,7 @@ class ProvedConfiguration:
     alpha: Mapping[str, Any]
     regularization: Any
     compared: bool
+    unwritten: tuple[str, ...] = ()
 
     def latex(self) -> str:
         """The formulas in LaTeX, one a line."""
@@ -102,6 +105,9 @@ class Proof:
         for count, span in ((general, "every step, by induction"), (rest, f"the first {self.steps} steps")):
             if count:
                 console.print(f"{count} configuration{'s'[: count > 1]}: {span}")
+        if unwritten := sorted({name for c in self.configurations for name in c.unwritten}):
+            entries = ", ".join(unwritten)
+            console.print(f"provided that the step leaves as it was, as recursion() does not set it: {entries}")
         return page.getvalue()
 
     def _ranges(self, members: list[Configuration]) -> str:
@@ -192,6 +198,7 @@ class _Configured:
             alpha=alphas[0] if alphas and all(a == alphas[0] for a in alphas) else {},
             regularization=regularizations.pop() if len(regularizations) == 1 else None,
             compared=any(f.own for f in closed),
+            unwritten=tuple(sorted({name for _, path in (*every, *general) for name in path.unwritten})),
         )
 
     def _unroll(self, steps: int) -> tuple[list[Way], list[Way]]:

@@ -13,7 +13,6 @@ from explaind_core.errors import ExplaindError, ProofError
 from explaind_core.rules import (
     LinearOperator,
     OfReadout,
-    OptimizerState,
     RecordedStep,
     StepCoefficients,
     UpdateRule,
@@ -23,11 +22,17 @@ from explaind_core.rules import (
 from explaind_core.symbolic.algebra import as_symbols, is_nonnegative, linear_coefficients
 from explaind_core.symbolic.branches import Datum
 from explaind_core.symbolic.recursion import Configuration, RecursionStep, State, hyper_parameters
+from explaind_core.symbolic.shown import GroupAfter, ShownEntries, counted_after
 from explaind_core.symbolic.tensor import SymbolicTensor, exact, mean
 
 __all__ = ["Declared", "Path", "UnrolledStep", "declare"]
 
 NAME = "parameter"
+_IN_GROUP = (
+    "name {key!r} in the rule's options; or list it in proved_for, as a function of the step where it is a counter: "
+    "(lambda step: step - 1,)"
+)
+_IN_STATE = "let recursion() keep it, under the optimizer's own name: step.state[{key!r}] = ..."
 _REMEDY = "use torch's elementwise operations, mean and norm, or say in no_closed_form why it cannot be proved"
 #: t = 1 + EARLIER is any step but the first; the optimizer's own count may be further.
 EARLIER, AHEAD = sympy.symbols("j k", integer=True, positive=True)
@@ -159,6 +164,7 @@ class Path:
         memory: the symbols of the filter's states where the path begins at any step t > 1; None where it begins at the
             first.
         sparse: whether gradients are.
+        unwritten: entries of ``hyper_after`` that were read and not written, and taken to be as before the step.
     """
 
     rule: UpdateRule
@@ -171,6 +177,7 @@ class Path:
     definitions: Mapping[Any, Any] = field(default_factory=dict)
     memory: tuple[Any, ...] | None = None
     sparse: bool = False
+    unwritten: frozenset[str] = frozenset()
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -181,7 +188,7 @@ class Path:
     def merged(self, other: Path) -> Path:
         """This path, for another that led to the same state; what its symbols stand for may differ there."""
         common = {x: e for x, e in self.definitions.items() if other.definitions.get(x) == e}
-        return replace(self, definitions=common)
+        return replace(self, definitions=common, unwritten=self.unwritten | other.unwritten)
 
     def anywhere(self, signless: Collection[str] = ()) -> Path:
         """Before any step but the first: everything that the state holds is a symbol.
@@ -221,11 +228,12 @@ class Path:
         point = self.configuration.get("point", "gradient")
         hyper = {**hyper_parameters(self.rule, self.configuration, names.label, number), **self.group}
         names.taken = {str(x) for value in hyper.values() for x in getattr(value, "free_symbols", ())}
-        group = OptimizerState(NAME, hyper, "parameter group")
+        group = ShownEntries(NAME, hyper, "parameter group", _IN_GROUP)
         state, changed = State(self.state, names.keep), State({}, names.keep)
         with _on_symbols(self.rule, "recursion"):
             shown = RecursionStep(theta, gradient, group, t, number, state, changed, str(names.label), point)
             following = exact(self.rule.recursion(shown))
+        after = GroupAfter(NAME, hyper, counted_after(self.configuration, number), changed)
         recorded = RecordedStep(
             name=NAME,
             step=number,  # type: ignore[arg-type]
@@ -234,9 +242,9 @@ class Path:
             theta=theta,  # type: ignore[arg-type]
             gradient=gradient,  # type: ignore[arg-type]
             displacement=SymbolicTensor(Datum(f"displacement_{names.label}", real=True, nonzero=True)),  # type: ignore[arg-type]
-            before=OptimizerState(NAME, self.state, "state before the step, by the rule's recursion,"),
-            after=OptimizerState(NAME, dict(state), "state after the step, by the rule's recursion,"),
-            hyper_after=OptimizerState(NAME, {**hyper, **changed}, "parameter group after the step"),
+            before=ShownEntries(NAME, self.state, "state before the step, by the rule's recursion,", _IN_STATE),
+            after=ShownEntries(NAME, dict(state), "state after the step, by the rule's recursion,", _IN_STATE),
+            hyper_after=after,
             mask=shown.mask if shown.sparse else None,  # type: ignore[arg-type]
             point=point,
         )
@@ -260,6 +268,7 @@ class Path:
             filter=update.filter,
             started=update.started,
             definitions=names.definitions,
+            unwritten=self.unwritten | after.unwritten,
             sparse=shown.sparse,
         )
 
