@@ -22,7 +22,7 @@ __all__ = ["REQUIRED", "HeldOption", "constructor_options", "found_value", "held
 #: In the place of a default value, for an argument that has none.
 REQUIRED = inspect.Parameter.empty
 #: Arguments that are no options.
-_ASIDE = ("self", "params", "param_groups", "model", "named_parameters")
+_ASIDE = ("self", "params", "param_groups", "model", "named_parameters", "defaults")
 _MISSING = object()
 
 

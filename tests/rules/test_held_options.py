@@ -192,6 +192,12 @@ def test_options_that_go_through_to_a_base_class_are_seen():
     assert held.option == "maximize"
 
 
+def test_what_a_base_class_is_handed_is_no_option():
+    lion = pytest.importorskip("pytorch_optimizer").Lion
+    assert "lr" in constructor_options(lion)
+    assert "defaults" not in constructor_options(lion)  # of its base class, through **kwargs
+
+
 def test_values_are_compared_by_what_they_are():
     assert is_same(torch.tensor(0.5, dtype=torch.float64), 0.5)
     assert not is_same(torch.tensor([1.0, 2.0]), 1.0)
