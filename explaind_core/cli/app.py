@@ -112,6 +112,9 @@ def attribute(
         str | None, typer.Option(help="forward, reverse, features or adjoint; the cheapest by default")
     ] = None,
     memory: Annotated[str, typer.Option(help="the most to hold at a time")] = "4GiB",
+    max_update_error: Annotated[
+        float | None, typer.Option(help="largest relative update error that is accepted; rounding by default")
+    ] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="say what would be done and stop; 1 if the result exceeds --memory")
     ] = False,
@@ -134,6 +137,7 @@ def attribute(
         "tolerance": tolerance,
         "strategy": strategy,
         "memory": memory,
+        "max_update_error": max_update_error,
     }
     opened, samples = explaind.open_run(run, model=_model(model)), _inputs(inputs)
     if out is None or plan:

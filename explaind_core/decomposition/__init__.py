@@ -11,6 +11,7 @@ from explaind_core.decomposition.rule_view import FLAT, split_flat
 from explaind_core.decomposition.split import ParameterFilter, UpdateSplit, split_step
 from explaind_core.decomposition.tape import Tape
 from explaind_core.decomposition.terms import Updates, term_names, updates_of
+from explaind_core.decomposition.update_check import check_update
 
 __all__ = [
     "FLAT",
@@ -20,6 +21,7 @@ __all__ = [
     "Tape",
     "UpdateSplit",
     "Updates",
+    "check_update",
     "decompose",
     "fit_inferred",
     "split_flat",

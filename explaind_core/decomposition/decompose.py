@@ -21,7 +21,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from explaind_core.decomposition.penalty import penalty_gradients
@@ -34,6 +33,7 @@ from explaind_core.decomposition.split import (
     relative_correction,
     split_step,
 )
+from explaind_core.decomposition.update_error import UpdateError, distance, update_errors
 from explaind_core.rules import StepCoefficients
 from explaind_core.run import Replay, ReplayedStep, Run
 
@@ -49,13 +49,15 @@ class StepDecomposition:
         updates: parameter name -> :class:`UpdateSplit`.
         theta_before: the recorded theta_{s-1}.
         theta: the recorded theta_s.
-        error: ``||declared - displacement|| / ||displacement||`` over all parameters (2-norms; 0 where both are 0).
-        rounding: ``eps ||theta_s|| / ||displacement||``: what rounding theta_s to its dtype can cost, in the same unit.
+        error: ``||declared - displacement|| / max(||displacement||, 4096 eps ||theta_s||)`` over all parameters
+            (2-norms; 0 where nothing is missed): what an update below the rounding of the parameters loses is no error.
+        rounding: ``eps ||theta_s||`` in the same unit: what rounding theta_s to its dtype can cost.
         drift: largest difference between the replayed and the recorded theta_s.
         correction: the size of the rank-one secants relative to the update, for a rule that is closed by them.
         coefficients: what the rule declared, by parameter name (one entry ``FLAT`` for a flat rule).
         gradients: as they were fed, less a penalty's, in the run's dtype.
         taken_at: where they were taken: theta_before, for most.
+        errors: how well the update of every parameter is explained.
     """
 
     step: int
@@ -69,6 +71,7 @@ class StepDecomposition:
     coefficients: Mapping[str, StepCoefficients] = field(default_factory=dict)
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
     taken_at: Mapping[str, Tensor] = field(default_factory=dict)
+    errors: tuple[UpdateError, ...] = ()
 
 
 def decompose(run: Run, *, first: int = 1, last: int | None = None) -> Iterator[StepDecomposition]:
@@ -155,26 +158,16 @@ class Decomposer:
 
 
 def _with_errors(replayed: ReplayedStep, updates: dict[str, UpdateSplit], correction: float) -> StepDecomposition:
-    # A parameter without gradient is not updated: whatever it moved by nevertheless is error.
-    still = [n for n in replayed.theta if n not in updates]
-    missed = sum(float((replayed.theta[n].double() - replayed.theta_before[n].double()).square().sum()) for n in still)
-    moved = missed + sum(float(u.displacement.square().sum()) for u in updates.values())
-    missed += sum(float((u.declared - u.displacement).square().sum()) for u in updates.values())
-    size = sum(
-        (torch.finfo(replayed.theta[n].dtype).eps ** 2) * float(replayed.theta[n].double().square().sum())
-        for n in updates
-    )
-
-    def relative(squares: float) -> float:
-        return 0.0 if squares == 0 else (squares / moved) ** 0.5 if moved else float("inf")
-
+    errors = update_errors(replayed.theta_before, replayed.theta, updates)
+    error, rounding = distance(errors)
     return StepDecomposition(
         step=replayed.step,
         updates=updates,
         theta_before=replayed.theta_before,
         theta=replayed.theta,
-        error=relative(missed),
-        rounding=relative(size),
+        error=error,
+        rounding=rounding,
         drift=replayed.drift,
         correction=correction,
+        errors=tuple(errors),
     )

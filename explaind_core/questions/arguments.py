@@ -82,6 +82,10 @@ class CommonArguments(TypedDict, total=False):
     max_nodes: Annotated[int, Argument(32, (
         "adaptive only: the most nodes a step may get; one that misses the tolerance is marked."
     ))]  # fmt: skip
+    max_update_error: Annotated[float | None, Argument(None, (
+        "the largest relative distance of a declared update from the recorded one that is accepted. None: what "
+        "rounding makes of it, parameter by parameter; a step that its rule explains less is refused."
+    ))]  # fmt: skip
     memory: Annotated[str | int, Argument("4GiB", (
         "the most that the result, and what is held to compute it, may take."
     ))]  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any, Unpack, cast
 import torch
 
 from explaind_core import trees
-from explaind_core.decomposition import term_names
+from explaind_core.decomposition import StepDecomposition, check_update, term_names
 from explaind_core.derivatives import ExplainedFunction, Quadrature, as_output
 from explaind_core.errors import QuestionError
 from explaind_core.questions.arguments import AXES, QuestionArguments, spelled_out
@@ -56,6 +56,7 @@ class Question:
         carries: whether what no sample explains of a gradient is a term.
         gram: whether the inner products of the kernel's tensors are wanted, too (features only).
         notes: what a result must say about how it was asked for.
+        max_update_error: the largest error of a declared update that is accepted, None for rounding.
     """
 
     run: Run
@@ -74,6 +75,7 @@ class Question:
     carries: bool = False
     gram: bool = False
     notes: tuple[str, ...] = ()
+    max_update_error: float | None = None
 
     @classmethod
     @spelled_out
@@ -136,7 +138,12 @@ class Question:
             chords=chords,
             carries=split and (given["unattributed"] == "carry" or run.coarse),
             notes=tuple(notes),
+            max_update_error=given["max_update_error"],
         )
+
+    def check_update(self, split: StepDecomposition) -> None:
+        """Refuse a step that the rule does not explain (CoefficientError)."""
+        check_update(split, self.max_update_error, f"rule {self.run.rule or self.run.rule_name}")
 
     # ------------------------------------------------------------------ what it asks for
     @property
@@ -214,6 +221,9 @@ def _check_choices(given: QuestionArguments) -> None:
         )
     if buffers not in ("recorded", "final"):
         raise QuestionError("there are no such buffers", where="buffers", expected=("recorded", "final"), got=buffers)
+    limit = given["max_update_error"]
+    if limit is not None and not limit >= 0:
+        raise QuestionError("there is no such error", where="max_update_error", expected="a number >= 0", got=limit)
     for name, what in (("chords", "chords is no number of steps"), ("chunk", "chunk is no number of samples")):
         value = cast("dict[str, Any]", given)[name]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -19,7 +19,7 @@ from explaind_core.recording.subject import Subject
 from explaind_core.run import open_run
 from explaind_core.training_step import GradientFunction, MicroBatch, Recipe, candidates, different
 
-__all__ = ["MODES", "EarlyCheck", "check_mode", "no_pass"]
+__all__ = ["MODES", "EarlyCheck", "check_loss_is_function", "check_mode", "no_gradient", "no_pass"]
 
 #: What is stored of a step: parameters and gradients, parameters, or neither but for snapshots.
 MODES = ("steps", "parameters", "snapshots")
@@ -216,6 +216,46 @@ def _compared(differing: Sequence[str], found: Mapping[str, Tensor], fed: Mappin
             "algorithm that is not deterministic, a loss taken in another precision?): "
         )
     return got, "the loop seems to add something to the loss or to its gradient (a penalty, noise?): "
+
+
+def check_loss_is_function(loss: object) -> None:
+    """Refuse a loss that is no function, most likely the value of one.
+
+    Args:
+        loss: as the Recorder was given it.
+
+    Raises:
+        RecordingError: it cannot be called.
+    """
+    if loss is None or callable(loss):
+        return
+    value = isinstance(loss, Tensor | float | int)
+    raise RecordingError(
+        "the loss is a value, and no function" if value else "the loss is no function",
+        where="Recorder(path, model, optimizer, loss)",
+        expected="loss(output, target) -> one number, or one per sample; such as nn.CrossEntropyLoss()",
+        got=f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__,
+        remedy="pass what the loop calls, not what it returned",
+    )
+
+
+def no_gradient(step: int) -> RecordingError:
+    """The error for a step that was fed no gradient at all.
+
+    Args:
+        step: its number.
+
+    Returns:
+        The error, to be raised.
+    """
+    return RecordingError(
+        "no parameter has a gradient, so that there is nothing to explain in this step",
+        where=f"step {step}",
+        expected="loss.backward() before optimizer.step(), of a loss that depends on what the optimizer trains",
+        got="every .grad is None",
+        remedy="call optimizer.zero_grad() before backward(), not behind it; look for a detach() or no_grad() between "
+        "the parameters and the loss; skip optimizer.step() where a batch has nothing to learn from",
+    )
 
 
 def no_pass(mode: str, step: int) -> RecordingError:

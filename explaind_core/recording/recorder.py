@@ -17,7 +17,7 @@ from explaind_core.data import IndexedDataset
 from explaind_core.errors import ExplaindError, NonFiniteError, RecordingError
 from explaind_core.recording.batch_log import BatchLog
 from explaind_core.recording.declared_clipping import DeclaredClipping
-from explaind_core.recording.early_check import EarlyCheck, check_mode
+from explaind_core.recording.early_check import EarlyCheck, check_loss_is_function, check_mode
 from explaind_core.recording.recomputation_notes import RecomputationNotes
 from explaind_core.recording.resume import resume as stand_behind
 from explaind_core.recording.run_writer import RunWriter
@@ -122,6 +122,7 @@ class Recorder:
         compression: Literal["blosc"] | None = "blosc",
         expected_steps: int | None = None,
     ) -> None:
+        check_loss_is_function(loss)
         check_scaler(scaler)
         optimizers = each_optimizer(optimizer)
         registered = [

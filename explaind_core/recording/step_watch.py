@@ -44,6 +44,7 @@ from torch.utils.hooks import RemovableHandle
 from explaind_core.errors import RecordingError
 from explaind_core.recording.batch_log import BatchLog
 from explaind_core.recording.declared_clipping import DeclaredClipping
+from explaind_core.recording.early_check import no_gradient
 from explaind_core.recording.forward_watch import ForwardWatch
 from explaind_core.recording.inner_iterations import Evaluation, IterationSplitter
 from explaind_core.recording.recomputation_notes import RecomputationNotes
@@ -230,6 +231,8 @@ class StepWatch:
         pending.clips = self._clipping.clips
         if pending.skipped:
             return
+        if not fed and self.rounds is None:  # one of several may be idle
+            raise no_gradient(self._coming_step)
         for name, gradient in fed.items():
             # Looked at only where they are not written: a copy would be for nothing.
             kept = gradient.detach().clone() if self._recomputation is None else gradient.detach()

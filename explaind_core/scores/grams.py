@@ -130,6 +130,7 @@ def gram(question: Question, windows: Sequence[Window], per: tuple[str, ...], pr
         for split in decompose(question.run, first=question.steps[0], last=question.steps[-1]):
             if split.step not in window_of:
                 continue
+            question.check_update(split)
             order, rung, converged = order_of(question, split, scale, rung)
             nodes_used, failed = nodes_used + order, failed + (not converged)
             parts = step_gram(question, split, names, moments.of(split), order)

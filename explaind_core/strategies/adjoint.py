@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from explaind_core.decomposition import Tape
+from explaind_core.decomposition import StepDecomposition, Tape
 from explaind_core.progress import counted
 from explaind_core.questions import GRADIENT_AXES, Contribution, Ends, Question
 from explaind_core.strategies.adjoint_walk import AdjointWalk, State
@@ -107,7 +107,8 @@ class Adjoint(Strategy):
         blocks = [slice(a, min(a + size, samples)) for a in range(done, samples, size)]
         with counted(last * (1 + len(blocks)), "attributing", enabled=progress) as advance:
 
-            def seen(_: object) -> None:
+            def seen(split: StepDecomposition) -> None:
+                question.check_update(split)
                 advance(1)
 
             with Tape(question.run, last, segment=choice.segment, seen=seen) as tape:

@@ -80,6 +80,7 @@ def _segments(
             if entries is not None:
                 entries.feed(split)
             continue
+        question.check_update(split)
         held.append(split)
         if entries is not None:
             found = entries.advance(split)

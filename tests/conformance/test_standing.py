@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from explaind_core.conformance.catalogue import catalogue
 
 import explaind_core as explaind
-from explaind_core.conformance.catalogue import catalogue
 from explaind_core.errors import DisprovedError
 from explaind_core.operators import Diagonal
 from explaind_core.plugins import Registry

@@ -1,0 +1,60 @@
+"""What is wrong with the first batch is said at the first batch, before hours are spent."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import explaind_core as explaind
+from explaind_core.errors import RecordingError
+
+X, Y = torch.randn(8, 4), torch.randint(3, (8,))
+
+
+def setting():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss()
+
+
+@pytest.mark.parametrize("what", ["tensor", "number", "name"])
+def test_the_value_of_a_loss_is_no_loss(tmp_path, what):
+    model, optimizer, loss = setting()
+    value = loss(model(X), Y)
+    given = {"tensor": value, "number": value.item(), "name": "cross_entropy"}[what]
+    with pytest.raises(RecordingError, match="value, and no function" if what != "name" else "no function"):
+        explaind.Recorder(tmp_path / "run", model, optimizer, given)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("how", ["zero_grad behind backward", "no backward", "detached"])
+def test_a_step_without_any_gradient_is_refused(tmp_path, how):
+    model, optimizer, loss = setting()
+    with explaind.Recorder(tmp_path / "run", model, optimizer, loss) as recorder:
+        loss(model(X), Y).backward()
+        recorder.batch(X, Y, ids=range(8))
+        optimizer.step()
+        before = model.weight.detach().clone()
+        optimizer.zero_grad()
+        if how == "zero_grad behind backward":
+            loss(model(X), Y).backward()
+            optimizer.zero_grad()
+        recorder.batch(X, Y, ids=range(8))
+        with pytest.raises(RecordingError, match="no parameter has a gradient") as refused:
+            optimizer.step()
+        assert "step 2" in str(refused.value)
+        assert torch.equal(model.weight, before)
+        recorder.discard_batch()
+    run = explaind.open_run(tmp_path / "run", model=model)  # what was recorded is there
+    assert len(run.steps) == 1
+    explaind.attribute(run, X[:2], progress=False)
+
+
+def test_gradients_of_zero_are_gradients(tmp_path):
+    model, optimizer, loss = setting()
+    with explaind.Recorder(tmp_path / "run", model, optimizer, loss) as recorder:
+        (loss(model(X), Y) * 0).backward()
+        recorder.batch(X, Y, ids=range(8), weight=0.0)
+        optimizer.step()
+    assert len(explaind.open_run(tmp_path / "run", model=model).steps) == 1
