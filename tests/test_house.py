@@ -179,7 +179,9 @@ HANDED_ON = {
     "symbolic.Proof": "what prove returns",
     "symbolic.ProvedConfiguration": "what a Proof holds",
     "symbolic.RecursionStep": "what UpdateRule.recursion is given, for authors of rules",
+    "symbolic.Standing": "what standing returns",
     "symbolic.SymbolicTensor": "what a RecursionStep holds, for authors of rules",
+    "symbolic.prove": "the proof itself, for authors of rules and for tests",
 }
 #: Modules that are imported past their folder's face, and why.
 PAST_THE_FACE = {

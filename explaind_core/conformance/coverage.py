@@ -9,8 +9,15 @@ from typing import Any
 
 import torch
 
-from explaind_core.rules import Trials, UpdateRule
-from explaind_core.rules.held_options import REQUIRED, constructor_options, found_value, is_same, made_anew
+from explaind_core.rules import (
+    REQUIRED,
+    Trials,
+    UpdateRule,
+    constructor_options,
+    found_value,
+    is_same,
+    made_anew,
+)
 
 __all__ = ["Coverage"]
 

@@ -231,8 +231,8 @@ class StepWatch:
         pending.clips = self._clipping.clips
         if pending.skipped:
             return
-        if not fed and self.rounds is None:  # one of several may be idle
-            raise no_gradient(self._coming_step)
+        if not fed and self._coming_step == 1 and any(self._batches.forwards) and self.rounds is None:
+            raise no_gradient(1)  # later ones may have nothing to learn from, and of several optimizers one be idle
         for name, gradient in fed.items():
             # Looked at only where they are not written: a copy would be for nothing.
             kept = gradient.detach().clone() if self._recomputation is None else gradient.detach()

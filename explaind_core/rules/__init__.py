@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from explaind_core.rules.filter_start import checked_count, started_states
 from explaind_core.rules.filters import FilterState, LinearFilter
+from explaind_core.rules.held_options import REQUIRED, constructor_options, found_value, is_same, made_anew
 from explaind_core.rules.hookspecs import hookimpl
 from explaind_core.rules.inferred import DECAYS, InferredRule, fitted_by
 from explaind_core.rules.joint import JOINED_BY, OWNER, JointRule, check_joinable, each_optimizer, each_rule, joined
@@ -22,6 +23,7 @@ __all__ = [
     "JOINED_BY",
     "OWNER",
     "PRESENCE",
+    "REQUIRED",
     "SHAPES",
     "FilterState",
     "InferredRule",
@@ -43,12 +45,16 @@ __all__ = [
     "check_joinable",
     "checked_count",
     "closed",
+    "constructor_options",
     "default_registry",
     "each_optimizer",
     "each_rule",
     "fitted_by",
+    "found_value",
     "hookimpl",
     "is_elementwise",
+    "is_same",
     "joined",
+    "made_anew",
     "started_states",
 ]

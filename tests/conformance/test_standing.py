@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from explaind_core.conformance.catalogue import catalogue
 
 import explaind_core as explaind
 from explaind_core.errors import DisprovedError
@@ -15,6 +14,7 @@ from explaind_core.plugins import Registry
 from explaind_core.symbolic import prove, standing
 from explaind_core.testing import Trials, check_plugin
 from explaind_optimizers import RpropRule, SGDRule
+from optimizer_tables import tables
 
 
 class Unwritten(SGDRule):
@@ -112,6 +112,6 @@ def test_the_verdict_says_so_and_a_rule_without_a_proof_passes(rule, verdict, ho
 
 
 @pytest.mark.parametrize("rule", [Unwritten, Unreadable, Differs])
-def test_the_catalogue_says_so(rule):
-    page = catalogue({}, registry=plugged(rule))
+def test_the_page_of_optimizers_says_so(rule):
+    page = tables({}, registry=plugged(rule))
     assert f"| {STANDINGS[rule]} |" in page

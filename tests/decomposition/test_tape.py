@@ -46,7 +46,7 @@ def read_out(declared, like: torch.Tensor) -> list[torch.Tensor]:
 
 
 def assert_same_step(one: StepDecomposition, other: StepDecomposition) -> None:
-    for field in ("step", "error", "rounding", "drift", "correction"):
+    for field in ("step", "error", "errors", "rounding", "drift", "correction"):
         assert getattr(one, field) == getattr(other, field), field
     for field in ("theta_before", "theta", "gradients", "taken_at"):
         assert_same_tensors(getattr(one, field), getattr(other, field))
@@ -68,7 +68,7 @@ def test_the_steps_come_backwards_as_they_went_forwards(case):
     there = forwards(case)
     assert {f.name for f in dataclasses.fields(StepDecomposition)} == {
         "step", "updates", "theta_before", "theta", "error", "rounding", "drift", "correction", "coefficients",
-        "gradients", "taken_at",
+        "gradients", "taken_at", "errors",
     }  # fmt: skip
     for segment in range(1, len(there) + 2):
         with Tape(example(*case), len(there), segment=segment) as tape:

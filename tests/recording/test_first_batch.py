@@ -29,26 +29,40 @@ def test_the_value_of_a_loss_is_no_loss(tmp_path, what):
 
 
 @pytest.mark.parametrize("how", ["zero_grad behind backward", "no backward", "detached"])
-def test_a_step_without_any_gradient_is_refused(tmp_path, how):
+def test_a_first_step_without_any_gradient_is_refused(tmp_path, how):
     model, optimizer, loss = setting()
     with explaind.Recorder(tmp_path / "run", model, optimizer, loss) as recorder:
-        loss(model(X), Y).backward()
-        recorder.batch(X, Y, ids=range(8))
-        optimizer.step()
-        before = model.weight.detach().clone()
-        optimizer.zero_grad()
+        value = loss(model(X), Y)
         if how == "zero_grad behind backward":
-            loss(model(X), Y).backward()
+            value.backward()
             optimizer.zero_grad()
+        if how == "detached":
+            (value.detach().requires_grad_() * 2).backward()
+        before = model.weight.detach().clone()
         recorder.batch(X, Y, ids=range(8))
         with pytest.raises(RecordingError, match="no parameter has a gradient") as refused:
             optimizer.step()
-        assert "step 2" in str(refused.value)
+        assert "step 1" in str(refused.value)
         assert torch.equal(model.weight, before)
         recorder.discard_batch()
-    run = explaind.open_run(tmp_path / "run", model=model)  # what was recorded is there
+        loss(model(X), Y).backward()
+        recorder.batch(X, Y, ids=range(8))
+        optimizer.step()
+    run = explaind.open_run(tmp_path / "run", model=model)
     assert len(run.steps) == 1
     explaind.attribute(run, X[:2], progress=False)
+
+
+def test_a_later_step_may_have_nothing_to_learn_from(tmp_path):
+    model, optimizer, loss = setting()
+    with explaind.Recorder(tmp_path / "run", model, optimizer, loss) as recorder:
+        for _ in range(2):
+            optimizer.zero_grad()
+            if recorder.steps == 0:
+                loss(model(X), Y).backward()
+            recorder.batch(X, Y, ids=range(8))
+            optimizer.step()
+    assert len(explaind.open_run(tmp_path / "run", model=model).steps) == 2
 
 
 def test_gradients_of_zero_are_gradients(tmp_path):
