@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from functools import reduce
+from functools import cached_property, reduce
 from hashlib import blake2b
 from operator import or_
 from typing import Any
@@ -32,8 +32,8 @@ class Frame:
     def __init__(self, question: Question, strategy: str = "") -> None:
         self.question, self.strategy = question, strategy
         function = question.function
-        self.ends = Ends.of(question)
-        self.outputs = self.ends.outputs
+        last = question.steps[-1]
+        self.outputs = function.at(last).count_outputs(question.run.theta(last))
         self.terms = question.terms
         #: What has no axis but step, test and output.
         self.edges = ("residual", "omitted", *(("statistics",) if function.moves else ()))
@@ -42,6 +42,11 @@ class Frame:
         self.edge_dims = tuple(axis for axis in question.keep if axis in AXES[-2:])
         self.residual_dims = tuple(axis for axis in question.keep if axis in ("step", *AXES[-2:]))
         self.dtype = np.dtype("float32") if question.value_bytes == 4 else np.dtype("float64")
+
+    @cached_property
+    def ends(self) -> Ends:
+        """The explained function at both ends: evaluated when it is clear that the answer will fit."""
+        return Ends.of(self.question)
 
     # ------------------------------------------------------------------ a Dataset
     def collect(self, parts: Iterable[Contribution], block: slice | None = None) -> xr.Dataset:

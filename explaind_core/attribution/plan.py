@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -30,7 +31,8 @@ class Plan:
         chunks: into how many pieces the test samples are cut.
         passes: walks over the run.
         gradient_steps: steps whose samples' gradients are needed, 0 where the recorded update is enough.
-        seconds: estimated time, from timing pieces of the work on this machine now.
+        seconds: estimated time, from timing pieces of the work on this machine now; NaN where the result does not fit
+            into the memory budget, so that nothing is timed.
         result_bytes: what the result takes.
         peak_bytes: what is held at most, the result included.
         fits: whether the result is within the memory budget (what is held besides is cut to fit).
@@ -55,10 +57,13 @@ class Plan:
         return (
             f"{self.strategy} mode: {self.steps} steps x {self.nodes:g} nodes x "
             f"{self.tangents} {self.derivatives_are}, {self.chunks} chunk(s) of test samples, "
-            f"{self.passes} pass(es) over the run{gradients}; about {self.seconds:.0f} s, "
+            f"{self.passes} pass(es) over the run{gradients}; {self._time()}, "
             f"{readable_size(self.peak_bytes)} at most, of which {readable_size(self.result_bytes)} for the result"
             + ("" if self.fits else ", MORE than the memory budget")
         )
+
+    def _time(self) -> str:
+        return "not timed" if math.isnan(self.seconds) else f"about {self.seconds:.0f} s"
 
 
 @spelled_out
@@ -93,10 +98,12 @@ def plan_of(asked: Question) -> Plan:
     choice = choose(asked, frame.outputs)
     strategy = choice.strategy
     nodes = GUESSED_NODES if asked.quadrature.adaptive else float(asked.quadrature.ladder[0])
-    held = peak_memory()
-    seconds, gradient_steps = strategy.probe(Probe.of(asked, frame.outputs, nodes), choice)
+    held, result = peak_memory(), asked.result_bytes(frame.outputs)
+    fits = result <= asked.memory
+    seconds, gradient_steps = math.nan, 0
+    if fits:  # otherwise the pieces of work are too large as well
+        seconds, gradient_steps = strategy.probe(Probe.of(asked, frame.outputs, nodes), choice)
     grown = max(0, peak_memory() - held)
-    result = asked.result_bytes(frame.outputs)
     return Plan(
         strategy=strategy.name,
         steps=len(asked.segments),
@@ -109,6 +116,6 @@ def plan_of(asked: Question) -> Plan:
         result_bytes=result,
         # A probe that grew the process holds one step's share of the work, and what the model itself needs.
         peak_bytes=result + choice.base_bytes + max(choice.working_bytes, grown),
-        fits=result <= asked.memory,
+        fits=fits,
         derivatives_are=strategy.derivatives_are,
     )

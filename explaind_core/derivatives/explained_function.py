@@ -206,6 +206,16 @@ class FunctionAtStep:
         self.function.outputs = values.shape[1]
         return values
 
+    def count_outputs(self, theta: Parameters) -> int:
+        """J, from one test sample: all of them may take more memory than their number is worth.
+
+        Args:
+            theta: the parameters.
+        """
+        with differentiable_kernels():
+            self.function.outputs = self._evaluate(self.function.on_device(theta), slice(0, 1)).shape[1]
+        return self.function.outputs
+
     def derivatives(self, theta: Parameters, tangents: Sequence[Parameters], block: slice | None = None) -> Tensor:
         """``Df(theta)[v]`` for tangents v over a few parameters, the others held constant.
 

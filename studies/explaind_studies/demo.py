@@ -42,7 +42,7 @@ class Setting:
     seed: int = 10
     explained: int = 100
     most_steps: int = 3000
-    tolerance: float = 2.5e-4
+    tolerance: float = 2.2e-4
     samples_at_once: int = 100
     betas: tuple[float, float] = (0.9, 0.98)
 

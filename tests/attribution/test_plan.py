@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import sys
 import tempfile
@@ -79,6 +80,23 @@ def test_a_result_that_does_not_fit_is_refused_with_what_to_do():
     assert (error.value.expected, error.value.got) == ("at most 1.0 KiB", "2.1 KiB")
     assert "keep fewer axes" in error.value.remedy
     assert "out=" in error.value.remedy
+
+
+@pytest.mark.parametrize("ask", [explaind.plan, explaind.attribute])
+def test_what_does_not_fit_is_said_by_one_sample(ask):
+    """The outputs of a language model's rows need not fit into memory to be counted."""
+    passed = []
+
+    def output(call, inputs):
+        passed.append(len(inputs))
+        return call(inputs).repeat(1, 1000)
+
+    with contextlib.suppress(QuestionError):
+        made = ask(run(), INPUTS, output=output, memory="32KiB", progress=False)
+        assert not made.fits
+        assert math.isnan(made.seconds)
+        assert "not timed" in str(made)
+    assert passed == [1]
 
 
 def test_a_result_that_just_fits_is_computed():
