@@ -106,8 +106,9 @@ class PathArguments(CommonArguments, total=False):
         ":func:`explaind_core.plan`."
     ))]  # fmt: skip
     unattributed: Annotated[str, Argument("refuse", (
-        "what to do where the gradients of a step's samples do not add up to the gradient that it was fed: "
-        '``"refuse"``, or ``"carry"`` the difference as a term of its own.'
+        "what to do where the gradients of a step's samples do not add up to the gradient that it was fed, by more "
+        'than rounding: ``"refuse"``, or ``"carry"`` the difference. What rounding makes of it is carried in any case: '
+        "it is the term ``unattributed``."
     ))]  # fmt: skip
     buffers: Annotated[str, Argument("recorded", (
         'where buffers moved in training (running statistics): ``"recorded"``, f is at every step that of the buffers '

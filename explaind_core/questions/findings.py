@@ -20,8 +20,9 @@ class Findings:
         gradient_factor: the smallest and the largest factor between a fed gradient and that of its samples.
         entries_clipped: how many entries of gradients were clipped one by one; None where none ever is.
         samples_together: whether samples are coupled in the forward pass, so that a share is that of a loss term.
-        unattributed_gradient: the largest relative size of what no sample explains of a gradient; None where that is
-            refused.
+        unattributed_gradient: the largest relative size of what no sample explains of a gradient; None where samples
+            are not told apart.
+        unattributed_largest: the largest entry of the term that this makes, in units of the output; None likewise.
 
     Example:
         >>> (Findings(gradient_factor=(0.5, 1.0)) | Findings(gradient_factor=(0.7, 2.0))).attributes()
@@ -33,17 +34,18 @@ class Findings:
     entries_clipped: int | None = None
     samples_together: bool = False
     unattributed_gradient: float | None = None
+    unattributed_largest: float | None = None
 
     def __or__(self, later: Findings) -> Findings:
         factors = [f for pair in (self.gradient_factor, later.gradient_factor) if pair is not None for f in pair]
         clipped = [n for n in (self.entries_clipped, later.entries_clipped) if n is not None]
-        left = [size for size in (self.unattributed_gradient, later.unattributed_gradient) if size is not None]
         return Findings(
             tail_dropped=self.tail_dropped if later.tail_dropped is None else later.tail_dropped,
             gradient_factor=(min(factors), max(factors)) if factors else None,
             entries_clipped=sum(clipped) if clipped else None,
             samples_together=self.samples_together or later.samples_together,
-            unattributed_gradient=max(left) if left else None,
+            unattributed_gradient=_larger(self.unattributed_gradient, later.unattributed_gradient),
+            unattributed_largest=_larger(self.unattributed_largest, later.unattributed_largest),
         )
 
     def attributes(self) -> dict[str, Any]:
@@ -54,6 +56,7 @@ class Findings:
             "entries_clipped": self.entries_clipped,
             "samples_together": _TOGETHER if self.samples_together else None,
             "unattributed_gradient": self.unattributed_gradient,
+            "unattributed_largest": self.unattributed_largest,
         }
         return {name: value for name, value in found.items() if value is not None}
 
@@ -67,7 +70,7 @@ class Findings:
         Example:
             >>> Findings.of({"dtype": "float32", "entries_clipped": 3})
             Findings(tail_dropped=None, gradient_factor=None, entries_clipped=3, samples_together=False,
-            unattributed_gradient=None)
+            unattributed_gradient=None, unattributed_largest=None)
         """
         factor = attributes.get("gradient_factor")
         return cls(
@@ -76,4 +79,10 @@ class Findings:
             entries_clipped=attributes.get("entries_clipped"),
             samples_together="samples_together" in attributes,
             unattributed_gradient=attributes.get("unattributed_gradient"),
+            unattributed_largest=attributes.get("unattributed_largest"),
         )
+
+
+def _larger(one: float | None, other: float | None) -> float | None:
+    sizes = [size for size in (one, other) if size is not None]
+    return max(sizes) if sizes else None

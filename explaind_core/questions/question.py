@@ -53,7 +53,8 @@ class Question:
         memory: bytes.
         strategy: the name of the one that the caller insists on, None for the cheapest.
         chords: steps that share a straight line.
-        carries: whether what no sample explains of a gradient is a term.
+        carries: whether what no sample explains of a gradient is a term: wherever samples are told apart.
+        forgives: whether that may be more than rounding.
         gram: whether the inner products of the kernel's tensors are wanted, too (features only).
         notes: what a result must say about how it was asked for.
         max_update_error: the largest error of a declared update that is accepted, None for rounding.
@@ -73,6 +74,7 @@ class Question:
     strategy: str | None = None
     chords: int = 1
     carries: bool = False
+    forgives: bool = False
     gram: bool = False
     notes: tuple[str, ...] = ()
     max_update_error: float | None = None
@@ -136,7 +138,8 @@ class Question:
             memory=parse_memory(given["memory"]),
             strategy=given["strategy"],
             chords=chords,
-            carries=split and (given["unattributed"] == "carry" or run.coarse),
+            carries=split,
+            forgives=split and (given["unattributed"] == "carry" or run.coarse),
             notes=tuple(notes),
             max_update_error=given["max_update_error"],
         )

@@ -109,7 +109,8 @@ class WindowSum:
         total = self.omitted + self.statistics
         for term in self.terms.values():
             total += term.sum(tuple(range(term.ndim - 2)))
-        keep = self.question.keep
+        keep, unattributed = self.question.keep, self.terms.get("unattributed")
+        largest = None if unattributed is None else float(unattributed.abs().max())
         return Contribution(
             window=self.window,
             terms={
@@ -125,7 +126,7 @@ class WindowSum:
             correction=self.correction,
             missed=self.missed,
             gram=self.gram,
-            findings=self.findings,
+            findings=self.findings | Findings(unattributed_largest=largest),
         )
 
 

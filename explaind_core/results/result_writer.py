@@ -40,7 +40,7 @@ BLOCK = 50
 #: The most bytes of a chunk; compressors take less than 2 GiB, and a reader one chunk at a time.
 _CHUNK = 2**27
 #: Attributes that are known only when something was computed.
-_FOUND = ("tail_dropped", "gradient_factor")
+_FOUND = ("tail_dropped", "gradient_factor", "unattributed_gradient", "unattributed_largest")
 #: Attributes of a result without the step axis that count something.
 _COUNTED = {count.attribute: count for count in COUNTS.values() if count.attribute}
 _LOCK_WORDS = LockWords(
@@ -215,6 +215,9 @@ class ResultWriter:
         if "gradient_factor" in found and "gradient_factor" in known:
             pairs = (found["gradient_factor"], known["gradient_factor"])
             found["gradient_factor"] = [min(low for low, _ in pairs), max(high for _, high in pairs)]
+        for name in ("unattributed_gradient", "unattributed_largest"):
+            if name in found and name in known:
+                found[name] = max(found[name], known[name])
         return {**known, **{name: found[name] for name in (*_FOUND, *_COUNTED) if name in found}}
 
     # ------------------------------------------------------------------ what is there

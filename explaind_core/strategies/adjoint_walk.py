@@ -275,7 +275,7 @@ class AdjointWalk:
         asked = positions >= 0
         places = positions[asked] if question.keeps("train") else torch.zeros_like(positions[asked])
         fed = {n: gradients[n] for n in names}
-        for w, parts in worth.items() if question.carries else ():  # less the samples' shares, below
+        for w, parts in worth.items():  # less the samples' shares, below
             self._add_summed(self.sums[w], "unattributed", 0, parts, fed, sign=-1)
         if question.keeps("parameter"):
             for part, shares in samples.chunks():
@@ -289,8 +289,7 @@ class AdjointWalk:
             by_layer = values if question.keeps("layer") else values.sum(0, keepdim=True)
             term[i, :, 0].index_add_(1, places, by_layer[..., asked].permute(0, 3, 1, 2))
             self.sums[w].omitted += values[..., ~asked].sum((0, -1))
-            if question.carries:
-                self.sums[w].terms["unattributed"][0, :, 0, 0] -= by_layer.sum(-1)
+            self.sums[w].terms["unattributed"][0, :, 0, 0] -= by_layer.sum(-1)
 
     def _edge(self) -> tuple[int, int]:
         """(n', J') of the block."""
@@ -332,10 +331,12 @@ class AdjointWalk:
                         continue
                     inside, columns = self.places.columns(n, layer.masks.get(n))
                     rows = a.flatten(1)[:, inside].double()
-                    for k, g in zip(positions.tolist(), shares[n].cpu().flatten(1)[:, inside].double(), strict=True):
+                    each = shares[n].cpu().flatten(1)[:, inside].double()
+                    total.terms["unattributed"][0, where, columns, 0] += (rows * each.sum(0)).T.reshape(
+                        -1, *self._edge()
+                    )
+                    for k, g in zip(positions.tolist(), each, strict=True):
                         found = -(rows * g).T.reshape(-1, *self._edge())
-                        if question.carries:
-                            total.terms["unattributed"][0, where, columns, 0] -= found
                         if k < 0:
                             total.omitted += found.sum(0)
                         else:

@@ -78,7 +78,7 @@ class GradientSplitter:
     """
 
     def __init__(self, question: Question) -> None:
-        self._run, self._carries = question.run, question.carries
+        self._run, self._carries, self._forgives = question.run, question.carries, question.forgives
         #: In which mode the model's gradients are the recorded ones, as far as is known: it is tried first.
         self._training = True
         self._found = Findings()
@@ -134,7 +134,7 @@ class GradientSplitter:
             self._training = mode
             return self._shares(samples, scales, limit, recorded, names)
         assert first is not None
-        if not self._carries:
+        if not self._forgives:
             raise first
         samples = self._samples(split, batch, names, buffers, *ways[0])
         nearest = dict.fromkeys(names, samples.nearest(recorded, limit=limit))
