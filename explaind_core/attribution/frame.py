@@ -168,6 +168,8 @@ class Frame:
         if question.chords > 1:
             found["chords"] = question.chords
             found["approximation"] = f"{question.chords} steps share one straight line; exact for their sum only"
+        if question.train is not None:
+            found["shares"] = question.shares
         if question.notes:
             found["sampled"] = "; ".join(question.notes)
         if "parameter" in self.dims:

@@ -5,8 +5,10 @@ belongs to it (class weights, tokens that are not padding) is in every sample's 
 
 Where a layer couples the samples (batch normalisation in training) or draws random numbers (dropout), or where sums are
 rounded coarsely (autocast), outputs are those of the whole micro-batch, passed through the model as it was in training.
-A sample's share is then the gradient of its own loss term, ``(d (o_1, ..., o_n) / d theta)^T (0, ..., c_k, ..., 0)``:
-the shares add up to the gradient all the same.
+A sample's share is then the gradient through its own outputs, with everybody's inputs in the forward pass,
+``(d (o_1, ..., o_n) / d theta)^T (0, ..., c_k, ..., 0)``: the shares add up to the gradient all the same. Where the
+loss couples samples, its own loss term's gradient, ``sum_i (d o_i / d theta)^T d term_k / d o_i``, is another share of
+the same sum.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from explaind_core import trees
 from explaind_core.derivatives.explained_function import differentiable_kernels
+from explaind_core.derivatives.loss_coupling import couples, one_per_sample
 from explaind_core.errors import QuestionError, RecordingError
 from explaind_core.tensors import tolerance
 from explaind_core.training_step import LossFunction, MicroBatch, run_model
@@ -40,6 +43,8 @@ class BatchPoint:
         state: all parameters and buffers.
         start: where its samples begin in the batch.
         loss_in_autocast: whether the loss, too, was computed under the autocast that the model ran in.
+        shares: ``"outputs"``: what is differentiated of a sample are its outputs, by the whole loss; ``"loss_terms"``:
+            its own loss term, by everybody's outputs.
 
     Attributes:
         used: which tensors of the output the loss depends on.
@@ -63,6 +68,7 @@ class BatchPoint:
         start: int,
         *,
         loss_in_autocast: bool = True,
+        shares: str = "outputs",
     ) -> None:
         self.model, self.state, self.start, self.n = model, state, start, len(micro.ids)
         self.forward = micro.forward
@@ -72,24 +78,29 @@ class BatchPoint:
         self.inputs, targets = (
             trees.map_tensors(lambda t: t.detach().to(device), t) for t in (micro.inputs, micro.targets)
         )
+        self._loss, self._targets, self._weight = loss, targets, micro.weight
+        self._loss_in_autocast, self._of_terms = loss_in_autocast, shares == "loss_terms"
         with self.kernels():
-            self._see(loss, targets, micro.weight, loss_in_autocast)
+            self._see()
 
-    def _see(self, loss: LossFunction, targets: Any, weight: float, loss_in_autocast: bool) -> None:
+    def _see(self) -> None:
         """Pass the batch through the model once: cotangents, and whether its samples are independent."""
         result = self._run({}, self.inputs)
         leaves = trees.leaves(result)
         inexact = [i for i, leaf in enumerate(leaves) if leaf.is_floating_point() or leaf.is_complex()]
         # Cut from each other: an output may be computed from another one, and would be counted twice.
         cut = {i: leaves[i].detach().requires_grad_() for i in inexact}
-        with torch.enable_grad(), self.standing() if loss_in_autocast else nullcontext():
-            given = iter([cut[i].clone() if i in cut else leaf for i, leaf in enumerate(leaves)])
-            value = self._one_number(loss(rebuilt(result, given), targets))
-            value = value if weight == 1 else weight * value
+        with torch.enable_grad():
+            terms = self._lost(result, {i: leaf.clone() for i, leaf in cut.items()})
+            value = self._one_number(terms)
+            value = value if self._weight == 1 else self._weight * value
         found: dict[int, Tensor] = {}
         if cut and value.requires_grad:
             gradients = torch.autograd.grad(value, list(cut.values()), allow_unused=True)
             found = {i: g for i, g in zip(cut, gradients, strict=True) if g is not None and bool((g != 0).any())}
+        if self._of_terms:
+            self._take_terms(terms)
+            return
         for i, cotangent in found.items():
             if cotangent.ndim == 0 or len(cotangent) != self.n or cotangent.is_complex():
                 raise RecordingError(
@@ -100,10 +111,41 @@ class BatchPoint:
                     remedy="let the model return something per sample, and reduce it in the loss given to open_run",
                 )
         self.used, self.cotangents = list(found), list(found.values())
-        self._whole = [leaves[i] for i in self.used]
+        self._whole, self._result = [leaves[i] for i in self.used], result
         if self.coarse or self._draws() or self._takes_statistics() or not self._independent(self._whole):
             self.go_together()
         self.activation = self._largest_activation()
+
+    def _take_terms(self, terms: Tensor) -> None:
+        """Let each sample's own loss term be what is differentiated, whoever's outputs it depends on."""
+        if not one_per_sample(terms, self.n):
+            raise QuestionError(
+                "the loss returns one number, so that no sample has a loss term of its own",
+                where="shares",
+                expected=f"one number per sample, ({self.n},)",
+                got=tuple(terms.shape),
+                remedy="pass open_run(..., loss=) one that returns each sample's (reduction='none'), or say "
+                "shares='outputs'",
+            )
+        self.used, self._result = [0], None
+        self.cotangents = [torch.full((self.n,), self._weight / self.n, dtype=terms.dtype, device=terms.device)]
+        self._whole = [terms.detach().reshape(self.n)]
+        self.go_together()
+        self.activation = self._largest_activation()
+
+    def _lost(self, result: Any, leaves: Mapping[int, Tensor]) -> Tensor:
+        """The loss as it was called, of outputs some of whose tensors are replaced by ``leaves``."""
+        given = iter([leaves.get(i, leaf) for i, leaf in enumerate(trees.leaves(result))])
+        with self.standing() if self._loss_in_autocast else nullcontext():
+            found: Tensor = self._loss(rebuilt(result, given), self._targets)
+        return found
+
+    def loss_couples(self) -> bool:
+        """Whether the loss couples samples, as far as it can be seen here (see :func:`couples`)."""
+        result = self._result
+        if result is None:
+            return False
+        return couples(lambda o: self._lost(result, dict(zip(self.used, o, strict=True))), self._whole)
 
     def go_together(self) -> None:
         """Pass the samples through the model with the others from now on, whichever are asked for.
@@ -188,6 +230,8 @@ class BatchPoint:
             return run_model(lambda *a, **k: functional_call(self.model, state, a, k), inputs)
 
     def _used(self, result: Any) -> tuple[Tensor, ...]:
+        if self._of_terms:
+            return (self._lost(result, {}).reshape(self.n),)
         leaves = trees.leaves(result)
         return tuple(leaves[i] for i in self.used)
 

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from explaind_core import trees
 from explaind_core.derivatives.outputs import Output, Rows, flat_rows
-from explaind_core.errors import QuestionError
+from explaind_core.errors import ExplaindError, QuestionError
 from explaind_core.training_step import run_model
 
 __all__ = ["ExplainedFunction", "FunctionAtStep", "differentiable_kernels"]
@@ -212,8 +212,11 @@ class FunctionAtStep:
         Args:
             theta: the parameters.
         """
-        with differentiable_kernels():
-            self.function.outputs = self._evaluate(self.function.on_device(theta), slice(0, 1)).shape[1]
+        try:
+            with differentiable_kernels():
+                self.function.outputs = self._evaluate(self.function.on_device(theta), slice(0, 1)).shape[1]
+        except ExplaindError:  # as it is said of all samples
+            self.values(theta)
         return self.function.outputs
 
     def derivatives(self, theta: Parameters, tangents: Sequence[Parameters], block: slice | None = None) -> Tensor:

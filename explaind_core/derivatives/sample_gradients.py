@@ -12,6 +12,7 @@ with ``o_k`` the rows of the outputs that belong to sample k, and ``c_k`` its ro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ class SampleGradients:
         names: the parameters whose gradients are wanted; the others are constants.
         chunk: samples in one pass through the model.
         memory: bytes that a block of per-sample gradients may take.
-        loss_in_autocast: whether the loss, too, was computed under the autocast that the model ran in.
+        **how: ``loss_in_autocast`` and ``shares``, see :class:`explaind_core.derivatives.batch_point.BatchPoint`.
 
     Attributes:
         ids: int64 ``[n]``, the samples' ids, in order over all micro-batches.
@@ -77,7 +78,7 @@ class SampleGradients:
         *,
         chunk: int = 500,
         memory: int = 2**29,
-        loss_in_autocast: bool = True,
+        **how: Any,
     ) -> None:
         reference = next(model.parameters())
         self._device, self._dtype = reference.device, reference.dtype
@@ -90,12 +91,12 @@ class SampleGradients:
         self._points: list[BatchPoint] = []
         # The same batch at other parameters.
         self._elsewhere: Callable[[Gradients], SampleGradients] = lambda theta: SampleGradients(
-            model, loss, batch, theta, buffers, names, chunk=chunk, memory=memory, loss_in_autocast=loss_in_autocast
+            model, loss, batch, theta, buffers, names, chunk=chunk, memory=memory, **how
         )
         state = {**self._theta, **{n: b.to(self._device) for n, b in buffers.items()}}
         for micro in batch.micro:
             start = sum(p.n for p in self._points)
-            self._points.append(BatchPoint(model, loss, micro, state, start, loss_in_autocast=loss_in_autocast))
+            self._points.append(BatchPoint(model, loss, micro, state, start, **how))
         self._derivatives.coarse = any(point.coarse for point in self._points)
         # Of samples, in sums that are there to be checked.
         self._weights = torch.rand(len(self.ids), generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
@@ -196,6 +197,11 @@ class SampleGradients:
     def together(self) -> bool:
         """Whether there are samples that only pass through the model together."""
         return any(point.together for point in self._points)
+
+    def loss_couples(self) -> bool:
+        """Whether the loss couples samples, so that a share through a sample's outputs is not its own loss term's."""
+        with differentiable_kernels():
+            return any(point.loss_couples() for point in self._points)
 
     def _go_together(self) -> bool:
         """Take no sample for independent of the others any more; False where none was."""

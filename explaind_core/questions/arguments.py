@@ -64,6 +64,11 @@ class CommonArguments(TypedDict, total=False):
     train: Annotated[Any, Argument(None, (
         "the training samples to count: ids, a slice of ids, a ``Sample``, or groups ``{name: ids}``."
     ))]  # fmt: skip
+    shares: Annotated[str, Argument("outputs", (
+        "what a sample's share of a step's gradient is: ``\"outputs\"``, the whole loss's gradient through its own "
+        "outputs; or ``\"loss_terms\"``, the gradient of its own loss term through everybody's outputs, where the loss "
+        "returns one number per sample. They are the same where the loss couples no samples."
+    ))]  # fmt: skip
     layers: Annotated[Any, Argument(None, (
         "None for a layer per module that owns parameters, a list of module prefixes or types, or a mapping "
         "``{name: prefix, pattern, type, list of them, or {pattern: slices}}``."

@@ -8,7 +8,11 @@ from typing import Any
 
 __all__ = ["Findings"]
 
-_TOGETHER = "shares are gradients of own loss terms, the whole batch in the forward pass"
+_TOGETHER = "the whole batch is in the forward pass of every share"
+_LOSS_COUPLES = (
+    "the loss couples samples: a share is the gradient through a sample's own outputs, and that of its own loss term "
+    'another one (shares="loss_terms", for a loss that returns one number per sample)'
+)
 
 
 @dataclass(frozen=True)
@@ -19,10 +23,12 @@ class Findings:
         tail_dropped: before which steps what is remembered of gradients was below rounding, and dropped; None for none.
         gradient_factor: the smallest and the largest factor between a fed gradient and that of its samples.
         entries_clipped: how many entries of gradients were clipped one by one; None where none ever is.
-        samples_together: whether samples are coupled in the forward pass, so that a share is that of a loss term.
+        samples_together: whether samples are coupled in the forward pass, so that all are in that of every share.
         unattributed_gradient: the largest relative size of what no sample explains of a gradient; None where samples
             are not told apart.
         unattributed_largest: the largest entry of the term that this makes, in units of the output; None likewise.
+        loss_couples: whether the loss couples samples, so that a share through a sample's own outputs is not the
+            gradient of its own loss term.
 
     Example:
         >>> (Findings(gradient_factor=(0.5, 1.0)) | Findings(gradient_factor=(0.7, 2.0))).attributes()
@@ -35,6 +41,7 @@ class Findings:
     samples_together: bool = False
     unattributed_gradient: float | None = None
     unattributed_largest: float | None = None
+    loss_couples: bool = False
 
     def __or__(self, later: Findings) -> Findings:
         factors = [f for pair in (self.gradient_factor, later.gradient_factor) if pair is not None for f in pair]
@@ -44,6 +51,7 @@ class Findings:
             gradient_factor=(min(factors), max(factors)) if factors else None,
             entries_clipped=sum(clipped) if clipped else None,
             samples_together=self.samples_together or later.samples_together,
+            loss_couples=self.loss_couples or later.loss_couples,
             unattributed_gradient=_larger(self.unattributed_gradient, later.unattributed_gradient),
             unattributed_largest=_larger(self.unattributed_largest, later.unattributed_largest),
         )
@@ -55,6 +63,7 @@ class Findings:
             "gradient_factor": None if self.gradient_factor is None else list(self.gradient_factor),
             "entries_clipped": self.entries_clipped,
             "samples_together": _TOGETHER if self.samples_together else None,
+            "loss_couples_samples": _LOSS_COUPLES if self.loss_couples else None,
             "unattributed_gradient": self.unattributed_gradient,
             "unattributed_largest": self.unattributed_largest,
         }
@@ -70,7 +79,7 @@ class Findings:
         Example:
             >>> Findings.of({"dtype": "float32", "entries_clipped": 3})
             Findings(tail_dropped=None, gradient_factor=None, entries_clipped=3, samples_together=False,
-            unattributed_gradient=None, unattributed_largest=None)
+            unattributed_gradient=None, unattributed_largest=None, loss_couples=False)
         """
         factor = attributes.get("gradient_factor")
         return cls(
@@ -78,6 +87,7 @@ class Findings:
             gradient_factor=None if factor is None else (factor[0], factor[1]),
             entries_clipped=attributes.get("entries_clipped"),
             samples_together="samples_together" in attributes,
+            loss_couples="loss_couples_samples" in attributes,
             unattributed_gradient=attributes.get("unattributed_gradient"),
             unattributed_largest=attributes.get("unattributed_largest"),
         )

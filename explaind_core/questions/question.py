@@ -33,6 +33,8 @@ __all__ = ["AXES", "GRADIENT_AXES", "Question"]
 
 #: The axes that only the kernel has: regularization and prehistory are not due to a sample's gradient.
 GRADIENT_AXES = ("gradient_step", "train")
+#: What a sample's share of a gradient may be.
+SHARES = ("outputs", "loss_terms")
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Question:
         chords: steps that share a straight line.
         carries: whether what no sample explains of a gradient is a term: wherever samples are told apart.
         forgives: whether that may be more than rounding.
+        shares: what a sample's share of a gradient is, ``"outputs"`` or ``"loss_terms"``.
         gram: whether the inner products of the kernel's tensors are wanted, too (features only).
         notes: what a result must say about how it was asked for.
         max_update_error: the largest error of a declared update that is accepted, None for rounding.
@@ -75,6 +78,7 @@ class Question:
     chords: int = 1
     carries: bool = False
     forgives: bool = False
+    shares: str = "outputs"
     gram: bool = False
     notes: tuple[str, ...] = ()
     max_update_error: float | None = None
@@ -139,6 +143,7 @@ class Question:
             strategy=given["strategy"],
             chords=chords,
             carries=split,
+            shares=given["shares"],
             forgives=split and (given["unattributed"] == "carry" or run.coarse),
             notes=tuple(notes),
             max_update_error=given["max_update_error"],
@@ -224,6 +229,8 @@ def _check_choices(given: QuestionArguments) -> None:
         )
     if buffers not in ("recorded", "final"):
         raise QuestionError("there are no such buffers", where="buffers", expected=("recorded", "final"), got=buffers)
+    if given["shares"] not in SHARES:
+        raise QuestionError("there are no such shares", where="shares", expected=SHARES, got=given["shares"])
     limit = given["max_update_error"]
     if limit is not None and not limit >= 0:
         raise QuestionError("there is no such error", where="max_update_error", expected="a number >= 0", got=limit)

@@ -218,7 +218,7 @@ class Reverse(Stepwise):
         if question.splits_gradients:
             features = EntryFeatures(question, probe.places.names).advance(probe.split)
         size = min(samples, PROBED) if question.keeps("test") else samples
-        shapes = {n: t.shape for n, t in WindowSum(question, 0, probe.outputs, probe.names, size).terms.items()}
+        shapes = {n: t.shape for n, t in WindowSum(question, 0, probe.outputs, question.terms, size).terms.items()}
         points = question.quadrature.points(1)
         small = replace(question, rest=None)
         one = timed(

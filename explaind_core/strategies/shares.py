@@ -79,6 +79,7 @@ class GradientSplitter:
 
     def __init__(self, question: Question) -> None:
         self._run, self._carries, self._forgives = question.run, question.carries, question.forgives
+        self._reading, self._seen = question.shares, 0
         #: In which mode the model's gradients are the recorded ones, as far as is known: it is tried first.
         self._training = True
         self._found = Findings()
@@ -156,8 +157,9 @@ class GradientSplitter:
         run = self._run
         assert run.loss is not None
         return SampleGradients(
-            run.model_in(mode), run.loss, batch, split.taken_at, buffers, names, loss_in_autocast=inside
-        )
+            run.model_in(mode), run.loss, batch, split.taken_at, buffers, names, loss_in_autocast=inside,
+            shares=self._reading,
+        )  # fmt: skip
 
     def _shares(
         self,
@@ -189,7 +191,9 @@ class GradientSplitter:
             unattributed_gradient=unattributed,
         )
         self._note_coupling()
-        self._last = samples
+        self._last, self._seen = samples, self._seen + 1
+        if self._reading == "outputs" and self._seen & (self._seen - 1) == 0:  # of a loss that is the same all along
+            self._found |= Findings(loss_couples=samples.loss_couples())
         return Shares(samples, factors)
 
 

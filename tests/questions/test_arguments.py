@@ -18,8 +18,8 @@ from explaind_core.testing import record_example
 
 INPUTS = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 ASKED = {
-    "output": None, "steps": None, "train": None, "layers": None, "test": None, "nodes": "adaptive",
-    "tolerance": 1e-3, "max_nodes": 32, "memory": "4GiB", "chunk": 500,
+    "output": None, "steps": None, "train": None, "shares": "outputs", "layers": None, "test": None,
+    "nodes": "adaptive", "tolerance": 1e-3, "max_nodes": 32, "max_update_error": None, "memory": "4GiB", "chunk": 500,
 }  # fmt: skip
 PATH = {"gradient_steps": None, "chords": 1, "strategy": None, "unattributed": "refuse", "buffers": "recorded"}
 KEPT = {"keep": ("step", "layer", "test", "output")}
