@@ -1,20 +1,75 @@
-"""Compiled models by the names of the plain ones: ``torch.compile`` changes how a module runs, not what it is."""
+"""Wrapped models by the names of the plain ones: a compiler, several devices, a framework change how a module runs.
+
+Not what it is: parameters, buffers and submodules of a run are called as they are where nothing is wrapped.
+"""
 
 from __future__ import annotations
 
-import copy
+from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["plain", "plain_copy", "plain_name", "qualified_name"]
-
+__all__ = ["COMPILED", "inner_name", "plain", "plain_name", "plain_optimizer", "qualified_name", "wrapping"]
 
 #: Under this name a compiled module holds the plain one.
-_INNER = "_orig_mod"
+COMPILED = "_orig_mod"
+#: Wrappers of frameworks, by the module and name of their class, and what they call the module inside.
+_BY_NAME = {
+    ("lightning.fabric.wrappers", "_FabricModule"): "_forward_module",
+    ("lightning_fabric.wrappers", "_FabricModule"): "_forward_module",
+}
+
+
+def inner_name(module: nn.Module) -> str | None:
+    """Under which name a wrapper holds the module that it runs; None for what is no wrapper.
+
+    Args:
+        module: any.
+
+    Returns:
+        The attribute's name.
+
+    Example:
+        >>> inner_name(nn.DataParallel(nn.Linear(1, 1))), inner_name(nn.Linear(1, 1))
+        ('module', None)
+    """
+    if COMPILED in module._modules:
+        return COMPILED
+    if isinstance(module, DataParallel | DistributedDataParallel):
+        return "module"
+    names = (_BY_NAME.get((kind.__module__, kind.__name__)) for kind in type(module).__mro__)
+    return next((name for name in names if name is not None), None)
+
+
+def wrapping(module: nn.Module) -> list[nn.Module]:
+    """The module, what it wraps, what that wraps, and so on to the plain one.
+
+    A running average (``torch.optim.swa_utils.AveragedModel``) wraps the copy that it keeps.
+
+    Args:
+        module: any.
+
+    Returns:
+        From the outermost to the plain one; the module alone where it wraps nothing.
+
+    Example:
+        >>> [type(each).__name__ for each in wrapping(AveragedModel(nn.DataParallel(nn.Linear(1, 1))))]
+        ['AveragedModel', 'DataParallel', 'Linear']
+    """
+    found = [module]
+    while True:
+        name = "module" if isinstance(found[-1], AveragedModel) else inner_name(found[-1])
+        inner = None if name is None else found[-1]._modules[name]
+        if inner is None:
+            return found
+        found.append(inner)
 
 
 def plain(module: nn.Module) -> nn.Module:
-    """The module that ``torch.compile`` was given; any other module itself.
+    """The module inside all wrappers, the one that ``torch.compile`` was given; any other module itself.
 
     Args:
         module: any.
@@ -28,48 +83,52 @@ def plain(module: nn.Module) -> nn.Module:
         >>> plain(torch.compile(layer, backend="eager")) is layer
         True
     """
-    while (inner := module._modules.get(_INNER)) is not None:
-        module = inner
-    return module
+    return wrapping(module)[-1]
 
 
-def plain_name(name: str) -> str:
-    """The name that a parameter, buffer or module has where nothing is compiled.
+def plain_name(name: str, model: nn.Module) -> str:
+    """The name that a parameter, buffer or module of ``model`` has where no part of it is wrapped.
 
     Args:
-        name: with the prefixes that compiling brings, or without.
+        name: with the prefixes that wrappers bring, or without.
+        model: the module that it is a name in.
 
     Returns:
         The name without them.
 
     Example:
-        >>> plain_name("encoder._orig_mod.0.weight")
-        'encoder.0.weight'
+        >>> model = nn.Sequential(nn.DataParallel(nn.Linear(1, 1)))
+        >>> [plain_name(name, model) for name, _ in model.named_parameters()]
+        ['0.weight', '0.bias']
     """
-    return ".".join(part for part in name.split(".") if part != _INNER)
+    parts: list[str] = []
+    module: nn.Module | None = model
+    for part in name.split("."):
+        if module is None or part != inner_name(module):
+            parts.append(part)
+        module = None if module is None else module._modules.get(part)
+    return ".".join(parts)
 
 
-def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy of a module in which nothing is compiled, in no part of it.
+def plain_optimizer(optimizer: Any) -> Any:
+    """The optimizer inside a framework's shell (accelerate's, Lightning Fabric's), whose own hooks nobody calls.
 
     Args:
-        model: any module; it is left as it is.
+        optimizer: any; what is no optimizer is returned as it is.
 
     Returns:
-        The copy.
+        The same object that the shell steps, not a copy.
 
     Example:
         >>> import torch
-        >>> model = torch.nn.Sequential(torch.compile(torch.nn.Linear(1, 1), backend="eager"))
-        >>> [type(layer).__name__ for layer in plain_copy(model)], [type(layer).__name__ for layer in model]
-        (['Linear'], ['OptimizedModule'])
+        >>> from types import SimpleNamespace
+        >>> inside = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+        >>> plain_optimizer(SimpleNamespace(optimizer=inside)) is inside
+        True
     """
-    copied = copy.deepcopy(plain(model))
-    for module in list(copied.modules()):
-        for name, child in module._modules.items():
-            if child is not None:
-                module._modules[name] = plain(child)
-    return copied
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
 
 
 def qualified_name(kind: type) -> str:

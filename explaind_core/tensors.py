@@ -10,7 +10,7 @@ from torch import Tensor
 
 from explaind_core.errors import NonFiniteError
 
-__all__ = ["check_gradients", "check_parameters", "copied", "to_dense", "tolerance"]
+__all__ = ["check_gradients", "check_parameters", "copied", "flattened", "to_dense", "tolerance"]
 
 #: In single precision some kinks of a ReLU are decided otherwise. What is to be found (another batch, another loss)
 #: differs much more.
@@ -97,6 +97,23 @@ def copied(tensor: Tensor) -> Tensor:
         The copy, contiguous and without a gradient.
     """
     return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def flattened(tensor: Tensor, axes: int) -> Tensor:
+    """A stack of tensors behind ``axes`` axes, each of them flattened; one entry where they are scalars.
+
+    Args:
+        tensor: ``[..., *shape]``; the shape may be ().
+        axes: how many axes stand before it.
+
+    Returns:
+        ``[..., numbers]``.
+
+    Example:
+        >>> flattened(torch.zeros(5, 2, 3), 1).shape, flattened(torch.zeros(5), 1).shape
+        (torch.Size([5, 6]), torch.Size([5, 1]))
+    """
+    return tensor.flatten(axes) if tensor.ndim > axes else tensor.unsqueeze(-1)
 
 
 def to_dense(tensor: Tensor) -> Tensor:

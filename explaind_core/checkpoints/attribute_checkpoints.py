@@ -12,10 +12,10 @@ axis nor a split into kernel and regularization.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,8 @@ from explaind_core.checkpoints.state_dicts import Checkpoints, StateDict
 from explaind_core.decomposition import StepDecomposition, UpdateSplit
 from explaind_core.derivatives import ExplainedFunction, FunctionAtStep, Quadrature, as_output
 from explaind_core.errors import NonFiniteError, QuestionError
+from explaind_core.module_copy import plain_copy
+from explaind_core.naming import plain_name
 from explaind_core.progress import track
 from explaind_core.questions import Layer, LayerSpec, resolve_layers
 from explaind_core.results import COUNTS, totals
@@ -102,8 +104,8 @@ def attribute_checkpoints(
         True
     """
     kept, quadrature = _check_keep(keep), Quadrature(nodes, tolerance, max_nodes)
-    model = copy.deepcopy(model).eval()
-    points = Checkpoints.of(checkpoints, labels, model, buffers)
+    named, model = partial(plain_name, model=model), plain_copy(model).eval()
+    points = Checkpoints.of(checkpoints, labels, model, buffers, named)
     resolved, rest = resolve_layers(layers, points.parameters, model)
     if "layer" not in kept:
         resolved = (_complement(rest, points.parameters),)

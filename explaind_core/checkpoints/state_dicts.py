@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,15 +37,24 @@ class Checkpoints:
         labels: one each.
         parameters: name -> shape and dtype.
         buffers: what the model's buffers are held at.
+        named: the name of a stored entry in the plain model.
     """
 
     sources: Sequence[Source]
     labels: Sequence[int | str]
     parameters: Mapping[str, ParameterInfo]
     buffers: StateDict
+    named: Callable[[str], str]
 
     @classmethod
-    def of(cls, checkpoints: Any, labels: Any, model: nn.Module, buffers: StateDict | None) -> Checkpoints:
+    def of(
+        cls,
+        checkpoints: Any,
+        labels: Any,
+        model: nn.Module,
+        buffers: StateDict | None,
+        named: Callable[[str], str] = str,
+    ) -> Checkpoints:
         """Read every checkpoint once and check it, so that no error comes late.
 
         Args:
@@ -53,6 +62,7 @@ class Checkpoints:
             labels: one each, or None; see there.
             model: whose parameters and buffers they must hold.
             buffers: given in place of the last checkpoint's; see there.
+            named: what an entry is called in the model, where checkpoints were saved from a wrapper of it.
 
         Returns:
             The checkpoints, none of them held in memory.
@@ -80,10 +90,11 @@ class Checkpoints:
         parameters = {n: ParameterInfo(p.shape, p.dtype, p.requires_grad) for n, p in model.named_parameters()}
         last: StateDict = {}
         for source, label in zip(sources, found, strict=True):
-            last = read_checkpoint(source, label)
+            last = {named(n): t for n, t in read_checkpoint(source, label).items()}
             _check(last, label, parameters, known)
-        held = {n: _buffer(n, b, n in known, last, buffers, found[-1]) for n, b in model.named_buffers()}
-        return cls(sources, found, parameters, held)
+        given = None if buffers is None else {named(n): t for n, t in buffers.items()}
+        held = {n: _buffer(n, b, n in known, last, given, found[-1]) for n, b in model.named_buffers()}
+        return cls(sources, found, parameters, held, named)
 
     def theta(self, index: int) -> dict[str, Tensor]:
         """One checkpoint's parameters.
@@ -94,7 +105,7 @@ class Checkpoints:
         Returns:
             Parameter name -> tensor.
         """
-        state = read_checkpoint(self.sources[index], self.labels[index])
+        state = {self.named(n): t for n, t in read_checkpoint(self.sources[index], self.labels[index]).items()}
         return {n: state[n].detach() for n in self.parameters}
 
 

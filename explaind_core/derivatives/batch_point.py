@@ -13,6 +13,7 @@ the same sum.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -101,6 +102,8 @@ class BatchPoint:
         if self._of_terms:
             self._take_terms(terms)
             return
+        if self.n == 1:  # its axis may have been squeezed
+            found = {i: g if g.ndim and len(g) == 1 else g.unsqueeze(0) for i, g in found.items()}
         for i, cotangent in found.items():
             if cotangent.ndim == 0 or len(cotangent) != self.n or cotangent.is_complex():
                 raise RecordingError(
@@ -111,7 +114,7 @@ class BatchPoint:
                     remedy="let the model return something per sample, and reduce it in the loss given to open_run",
                 )
         self.used, self.cotangents = list(found), list(found.values())
-        self._whole, self._result = [leaves[i] for i in self.used], result
+        self._whole, self._result = list(self._used(result, self.n)), result
         if self.coarse or self._draws() or self._takes_statistics() or not self._independent(self._whole):
             self.go_together()
         self.activation = self._largest_activation()
@@ -229,11 +232,17 @@ class BatchPoint:
                 state |= {n: state[n].clone() for n, _ in self.model.named_buffers() if n in state}
             return run_model(lambda *a, **k: functional_call(self.model, state, a, k), inputs)
 
-    def _used(self, result: Any) -> tuple[Tensor, ...]:
+    def _used(self, result: Any, samples: int) -> tuple[Tensor, ...]:
+        """The used outputs of so many samples; the axis of a single one is put back where the model squeezes it."""
         if self._of_terms:
             return (self._lost(result, {}).reshape(self.n),)
         leaves = trees.leaves(result)
-        return tuple(leaves[i] for i in self.used)
+        found = [leaves[i] for i in self.used]
+        if samples > 1:
+            return tuple(found)
+        shapes = [(1, *c.shape[1:]) for c in self.cotangents]
+        same = [t.numel() == math.prod(shape) for t, shape in zip(found, shapes, strict=True)]
+        return tuple(t.reshape(s) if fits else t for t, s, fits in zip(found, shapes, same, strict=True))
 
     def _per_sample(self, leaf: Tensor) -> bool:
         return leaf.ndim > 0 and len(leaf) == self.n  # what has no row per sample is the same for all of them
@@ -248,11 +257,13 @@ class BatchPoint:
             rows: which samples.
         """
         if self.n == (rows.stop - rows.start if isinstance(rows, slice) else -1):
-            return self._used(self._run(parameters, self.inputs))
+            return self._used(self._run(parameters, self.inputs), self.n)
         if self.together:
-            return tuple(t[rows] for t in self._used(self._run(parameters, self.inputs)))
+            return tuple(t[rows] for t in self._used(self._run(parameters, self.inputs), self.n))
         taken = trees.map_tensors(lambda t: t[rows] if self._per_sample(t) else t, self.inputs)
-        return self._used(self._run(parameters, taken))
+        return self._used(
+            self._run(parameters, taken), len(range(self.n)[rows]) if isinstance(rows, slice) else len(rows)
+        )
 
     def sample_inputs(self, rows: slice) -> tuple[Tensor, ...]:
         """What :meth:`sample_outputs` is to be mapped over."""
@@ -267,7 +278,7 @@ class BatchPoint:
         """
         given = iter(sample)
         taken = trees.map_tensors(lambda t: next(given).unsqueeze(0) if self._per_sample(t) else t, self.inputs)
-        return self._used(self._run(parameters, taken))
+        return self._used(self._run(parameters, taken), 1)
 
     def _largest_activation(self) -> int:
         """How many numbers a sample has in the largest output of a module."""

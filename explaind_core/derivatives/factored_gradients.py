@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from explaind_core.tensors import flattened
+
 __all__ = ["Factors", "Outer", "Scatter", "Sum", "slices"]
 
 #: What writing and reading an entry of a per-sample gradient costs, in multiplications of a matrix product.
@@ -67,10 +69,10 @@ class Factors(ABC):
         if direct:
             pieces = map(self.take, slices(len(self), memory // (numbers * directions.element_size())))
             return torch.cat([piece.direct(directions) for piece in pieces]), self.merged()
-        flat, blocks, total = directions.flatten(1).T, [], torch.zeros_like(directions[0])
+        flat, blocks, total = flattened(directions, 1).T, [], torch.zeros_like(directions[0])
         for rows in slices(len(self), memory // (numbers * directions.element_size())):
             gradients = self.take(rows).samples()
-            blocks.append(gradients.flatten(1) @ flat)
+            blocks.append(flattened(gradients, 1) @ flat)
             total += gradients.sum(0)
         return torch.cat(blocks), total
 

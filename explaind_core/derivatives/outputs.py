@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from explaind_core import trees
 from explaind_core.errors import QuestionError
-from explaind_core.training_step import LossFunction, ModelCall, per_sample_loss
+from explaind_core.training_step import LossFunction, ModelCall, SampleLosses
 
 __all__ = ["Activation", "Chosen", "Function", "LogProbabilities", "Loss", "Output", "Outputs", "Rows", "as_output"]
 
@@ -155,27 +155,28 @@ class Loss(Output):
     """The loss of each test sample, J = 1.
 
     Args:
-        targets: the test samples' targets, n rows.
+        targets: the test samples' targets, n rows; None for a loss that takes none.
         loss: ``loss(output, target)``; the run's own by default, if it is one of torch's. A reduced loss is
             taken of each sample as a batch of one.
     """
 
     def __init__(self, targets: Any, loss: LossFunction | None = None) -> None:
         self.targets, self.loss = targets, loss
+        self._each = None if loss is None else SampleLosses(loss)
 
     def check(self, model: nn.Module, samples: int) -> None:  # noqa: ARG002, D102
         found = {len(t) if t.ndim else 0 for t in trees.leaves(self.targets)}
-        if found != {samples}:
+        if found != {samples} and self.targets is not None:
             raise QuestionError(
                 "targets and inputs do not have the same number of samples", expected=samples, got=found
             )
 
     def values(self, model: nn.Module, call: ModelCall, inputs: Any, rows: Rows) -> Any:  # noqa: ARG002, D102
-        assert self.loss is not None  # as_output saw to it
+        assert self._each is not None  # as_output saw to it
         outputs = call(inputs)
-        where = outputs.device if isinstance(outputs, Tensor) else None
+        where = next((leaf.device for leaf in trees.leaves(outputs)), None)
         targets = trees.map_tensors(lambda t: (t if where is None else t.to(where))[rows], self.targets)
-        return per_sample_loss(self.loss, outputs, targets)
+        return self._each(outputs, targets)
 
 
 class Activation(Output):
@@ -279,7 +280,7 @@ def _class_axis(result: Tensor, axis: int) -> int:
 
 
 def flat_rows(values: Any, samples: int) -> Tensor:
-    """``[n]`` or ``[n, ...]`` as ``[n, J]``.
+    """``[n]`` or ``[n, ...]`` as ``[n, J]``; of a single sample, all that there is: its axis may have been squeezed.
 
     Args:
         values: what an output returned.
@@ -295,7 +296,7 @@ def flat_rows(values: Any, samples: int) -> Tensor:
             got=type(values).__name__,
             remedy="pass a callable that picks one: output=lambda call, inputs: call(inputs).logits",
         )
-    if values.ndim == 0 or len(values) != samples:
+    if samples > 1 and (values.ndim == 0 or len(values) != samples):
         raise QuestionError(
             "the output does not have one row per sample", expected=f"[{samples}, ...]", got=tuple(values.shape)
         )

@@ -23,6 +23,7 @@ from explaind_core.derivatives.factored_gradients import slices
 from explaind_core.derivatives.gradient_factor import fit_factor, nearest_factor
 from explaind_core.derivatives.sample_derivatives import Derivatives, Gradients, moved, norm
 from explaind_core.errors import QuestionError, RecordingError
+from explaind_core.tensors import flattened
 from explaind_core.training_step import Batch, LossFunction
 
 __all__ = ["SampleGradients"]
@@ -384,7 +385,7 @@ class SampleGradients:
                 for rows in slices(point.n, size) if point.cotangents else ():
                     block = self._derivatives.along(point, rows, tangents)
                     result[index, :, moved(rows, point.start)] = block.cpu()
-            products = [(d.flatten(1) @ sums[n].flatten(), d.flatten(1).norm(dim=1)) for n, d in tangents.items()]
+            products = [(flattened(d, 1) @ sums[n].flatten(), flattened(d, 1).norm(dim=1)) for n, d in tangents.items()]
             for r in range(R) if products else ():
                 each = result[index, r] * self._weights
                 error = each.sum() - sum(float(product[r]) for product, _ in products)

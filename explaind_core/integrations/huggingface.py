@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping, MutableMapping
 from contextlib import ExitStack
@@ -24,6 +23,7 @@ from transformers.utils.generic import find_labels
 from explaind_core.data import IndexedDataset, split_targets, with_ids
 from explaind_core.errors import RecordingError
 from explaind_core.integrations.calls import CallWatch
+from explaind_core.module_copy import plain_copy
 from explaind_core.recording import Recorder
 from explaind_core.training_step import LossFunction, loss_of, returned
 
@@ -222,7 +222,7 @@ def returning_logits(model: nn.Module) -> nn.Module:
         >>> model(torch.tensor([[1, 2, 3]])).shape
         torch.Size([1, 2])
     """
-    own = copy.deepcopy(model)
+    own = plain_copy(model)
     own.register_forward_hook(_logits)
     return own
 

@@ -184,6 +184,8 @@ class RecorderCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the model; the run is shorter, and can be read."""
+        if self.recorder is not None:
+            self.recorder.stop()
         self._detach()
 
     # ------------------------------------------------------------------ batches

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from explaind_core.errors import ExplaindError, RecordingError
-from explaind_core.naming import plain_copy, qualified_name
+from explaind_core.module_copy import plain_copy
+from explaind_core.naming import qualified_name
 from explaind_core.recording.subject import Subject
 from explaind_core.run import open_run
 from explaind_core.training_step import GradientFunction, MicroBatch, Recipe, candidates, different

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from explaind_core.naming import plain_name
+from explaind_core.naming import COMPILED, inner_name, plain, plain_name, wrapping
+from explaind_core.recording.model_calls import ModelCalls
+from explaind_core.recording.wrapped import autocast_inside
 from explaind_core.training_step import ForwardState, random_state
 
 __all__ = ["ForwardWatch"]
@@ -24,6 +26,9 @@ class ForwardWatch:
         model: containers that cannot be called (``nn.ModuleList``) are watched through their children.
         first: called before every first pass that :meth:`take` will tell of.
 
+    Attributes:
+        calls: how often the model was called for the coming gradient.
+
     Example:
         >>> model = torch.nn.Linear(1, 1)
         >>> watch = ForwardWatch(model)
@@ -36,16 +41,18 @@ class ForwardWatch:
     """
 
     def __init__(self, model: nn.Module, first: Callable[[], object] = tuple) -> None:
-        self._model, self._first = model, first
-        named = ((plain_name(name), module) for name, module in model.named_modules())
-        self._names = [(name, module) for name, module in named if name]
+        self._model, self._first = plain(model), first
+        self.calls = ModelCalls(model)
+        named = [(name, module) for name, module in self._model.named_modules() if inner_name(module) is None]
+        self._names = [(plain_name(name, self._model), module) for name, module in named if name]
         devices = {p.device for p in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
         self._devices = [torch.device("cpu"), *sorted(devices, key=str)]
         # Autocast is asked for where the model lies; on the processor for parts of it that lie there.
         self._types = list(dict.fromkeys(device.type for device in reversed(self._devices)))
         self._seen: ForwardState | None = None
-        self._watched = _callable(model)
-        self._handles = [module.register_forward_pre_hook(self._before) for module in self._watched]
+        self._watched = _watched(model)
+        self._handles = [module.register_forward_pre_hook(self._before, with_kwargs=True) for module in self._watched]
+        self._handles += [module.register_forward_hook(self._after, always_call=True) for module in self._watched]
 
     def take(self) -> ForwardState | None:
         """How the model stood before the first pass since the last call.
@@ -72,22 +79,38 @@ class ForwardWatch:
     def __reduce__(self) -> Any:  # a pickled model takes its hooks along
         return ForwardWatch, (nn.Module(),)
 
-    def _before(self, module: nn.Module, _inputs: Any) -> None:
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         # Inside torch.compile nothing can be looked at; what is compiled from outside calls the hook as usual.
-        if self._seen is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not any(module is watched for watched in self._watched):
             return
-        if not any(module is watched for watched in self._watched):
+        self.calls.begin(module, args, kwargs)
+        if self._seen is not None or not torch.is_grad_enabled():
             return
         self._first()
         training = self._model.training
         cast = next((kind for kind in self._types if torch.is_autocast_enabled(kind)), None)
+        inside = None if cast is not None else autocast_inside(self._model)
         self._seen = ForwardState(
             training,
             tuple(name for name, module in self._names if module.training is not training),
-            None if cast is None else str(torch.get_autocast_dtype(cast)),
-            self._types[0] if cast is None else cast,
+            str(torch.get_autocast_dtype(cast)) if cast is not None else str(inside.fast_dtype) if inside else None,
+            cast if cast is not None else inside.device if inside else self._types[0],
             {str(device): random_state(device) for device in self._devices},
         )
+
+    def _after(self, module: nn.Module, _inputs: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling() and any(module is watched for watched in self._watched):
+            self.calls.end(output)
+
+
+def _watched(model: nn.Module) -> list[nn.Module]:
+    """The model and what it wraps, whichever of them the loop calls; but nothing inside a compiled one."""
+    found: list[nn.Module] = []
+    for module in wrapping(model):
+        found.append(module)
+        if COMPILED in module._modules:
+            break
+    return [*found[:-1], *_callable(found[-1])]
 
 
 def _callable(model: nn.Module) -> list[nn.Module]:

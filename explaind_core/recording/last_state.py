@@ -354,4 +354,4 @@ def _theta_hash(subject: Subject, names: frozenset[str]) -> str:
 
 def _buffer_hash(subject: Subject) -> str:
     # Of the buffers where they lie: no copies.
-    return fingerprint({plain_name(name): buffer for name, buffer in subject.model.named_buffers()})
+    return fingerprint({plain_name(name, subject.model): b for name, b in subject.model.named_buffers()})

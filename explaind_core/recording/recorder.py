@@ -24,6 +24,8 @@ from explaind_core.recording.run_writer import RunWriter
 from explaind_core.recording.scaler_watch import check_scaler
 from explaind_core.recording.step_watch import StepWatch
 from explaind_core.recording.subject import Subject
+from explaind_core.recording.trained_loss import check_loss
+from explaind_core.recording.wrapped import check_wrappers, scaler_inside
 from explaind_core.rules import RegisteredRule, Registry, UpdateRule, default_registry, each_optimizer, each_rule
 from explaind_core.run import OptimizerFactory
 from explaind_core.store import RunStore, check_space, store_size
@@ -42,9 +44,10 @@ class Recorder:
 
     Args:
         path: a folder that does not exist yet (or is empty).
-        model: any module, compiled or not; parameters are known by their names in the plain one.
-        optimizer: any optimizer with a registered rule; or a list of several, each of which trains parameters of its
-            own. Their steps from one gradient of the model are recorded as one.
+        model: any module, compiled, in ``nn.DataParallel`` or ``DistributedDataParallel`` of one process, prepared by
+            accelerate, or none of that; parameters are known by their names in the plain one.
+        optimizer: any optimizer with a registered rule, prepared by accelerate or not; or a list of several, each of
+            which trains parameters of its own. Their steps from one gradient of the model are recorded as one.
         loss: ``loss(output, target)``, per-sample or reduced; its name is kept, and torch's own losses can be
             rebuilt when the run is opened.
         train_size: the number of training samples; ids must be below it.
@@ -123,8 +126,11 @@ class Recorder:
         expected_steps: int | None = None,
     ) -> None:
         check_loss_is_function(loss)
+        scaler = scaler_inside(optimizer) if scaler is None else scaler
         check_scaler(scaler)
         optimizers = each_optimizer(optimizer)
+        check_wrappers(model, optimizers)
+        check_loss(loss, optimizers)
         registered = [
             (registry or default_registry()).rule_for(each)
             if given is None

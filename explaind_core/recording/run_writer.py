@@ -13,7 +13,7 @@ from torch import Tensor
 
 from explaind_core import trees
 from explaind_core.errors import ExplaindError, RecordingError, StoreError
-from explaind_core.naming import plain, qualified_name
+from explaind_core.naming import qualified_name
 from explaind_core.recording.batch_log import BatchLog
 from explaind_core.recording.inner_iterations import Evaluation
 from explaind_core.recording.last_state import LastState, state_at_start
@@ -151,7 +151,7 @@ class RunWriter:
             "snapshot_every": self.snapshot_every,
             "environment": environment(subject.device),
             "provenance": provenance(),
-            "model": qualified_name(type(plain(subject.model))),
+            "model": qualified_name(type(subject.model)),
             **subject.described(),
             "loss": describe_loss(loss),
             "evaluates_elsewhere": rule.evaluates_elsewhere,

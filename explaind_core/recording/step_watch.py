@@ -135,6 +135,7 @@ class StepWatch:
         """Forget what was declared and seen since the last step."""
         self._batches.clear()
         self.forwards.take()
+        self.forwards.calls.forget()
         self._clipping.take()
         if self._recomputation is not None:
             self._recomputation.forget()
@@ -227,6 +228,7 @@ class StepWatch:
                 remedy="call recorder.batch(inputs, targets, ids=ids) between backward() and step()",
             )
         if self.rounds is None or self.rounds.at_beginning:
+            self.forwards.calls.check([len(ids) for ids in self._batches.ids], self._coming_step)
             self._batches.assign_passes(self.forwards.take(), None if scale is None else float(scale))
         pending.clips = self._clipping.clips
         if pending.skipped:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from explaind_core import trees
 from explaind_core.errors import RecordingError
-from explaind_core.naming import plain_name, qualified_name
+from explaind_core.naming import plain, plain_name, qualified_name
+from explaind_core.recording.trained_loss import WITH_LOSS
 from explaind_core.rules import JOINED_BY, OWNER, RegisteredRule, check_joinable, joined
 from explaind_core.tensors import copied
 
@@ -45,11 +46,11 @@ class Subject:
         optimizers: Sequence[torch.optim.Optimizer],
         registered: Sequence[RegisteredRule],
     ) -> None:
-        self.model, self.optimizers, self.registered = model, list(optimizers), list(registered)
+        self.model, self.optimizers, self.registered = plain(model), list(optimizers), list(registered)
         self.rule = joined(registered).rule
         if self.joint:
             check_joinable(self.optimizers, [r.rule for r in registered])
-        self.parameters = {plain_name(name): p for name, p in model.named_parameters()}
+        self.parameters = {plain_name(name, self.model): p for name, p in self.model.named_parameters()}
         self.names = {id(parameter): name for name, parameter in self.parameters.items()}
         self._owners: dict[str, int] = {}
         self.check_parameters()
@@ -107,7 +108,7 @@ class Subject:
         Returns:
             By name, in main memory.
         """
-        return {plain_name(name): copied(buffer) for name, buffer in self.model.named_buffers()}
+        return {plain_name(name, self.model): copied(buffer) for name, buffer in self.model.named_buffers()}
 
     def trained(self) -> list[nn.Parameter]:
         """The parameters in the optimizers' groups.
@@ -132,7 +133,8 @@ class Subject:
                 "the optimizer trains a tensor that is no parameter of the model",
                 where=f"parameter group {index}{of}",
                 got=f"a tensor of shape {tuple(parameter.shape)}",
-                remedy="record with the module that owns it, e.g. nn.ModuleList([model, head])",
+                remedy="record one module of which all that is trained is a part, and whose forward makes the whole "
+                f"pass (return self.head(self.body(x))). Where these are weights of a loss, {WITH_LOSS}",
             )
         name = self.names[id(parameter)]
         if parameter.is_complex():

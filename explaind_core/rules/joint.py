@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from explaind_core.errors import RecordingError, UnsupportedOptionError
-from explaind_core.naming import qualified_name
+from explaind_core.naming import plain_optimizer, qualified_name
 from explaind_core.rules.missing import optimizer_inside
 from explaind_core.rules.registry import RegisteredRule
 from explaind_core.rules.rule import RecordedStep, StepCoefficients, UpdateRule
@@ -56,7 +56,7 @@ class JointRule(UpdateRule):
 
 
 def each_optimizer(optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
-    """One optimizer or several, as a list.
+    """One optimizer or several, as a list; those of frameworks without their shells.
 
     Args:
         optimizer: one, or a list of different ones.
@@ -64,7 +64,7 @@ def each_optimizer(optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optim
     Raises:
         RecordingError: none is given, or something else, or one of them twice.
     """
-    given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    given = [plain_optimizer(each) for each in (optimizer if isinstance(optimizer, Sequence) else [optimizer])]
     strangers = [type(o).__name__ for o in given if not isinstance(o, torch.optim.Optimizer)]
     if strangers or not given or len({id(o) for o in given}) < len(given):
         inside = next((found for found in map(optimizer_inside, given) if strangers and found[1] is not None), None)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from explaind_core.errors import QuestionError
-from explaind_core.naming import plain_name, qualified_name
+from explaind_core.naming import plain, plain_name, qualified_name
 from explaind_core.rules import JOINED_BY, OWNER, each_optimizer
 from explaind_core.run.explained_steps import ExplainedSteps
 from explaind_core.run.replay import Replay
@@ -49,7 +49,8 @@ def restore(
     replay = Replay(run) if run.steps else None
     state = run.optimizer_state(0) if replay is None else replay.state_after(s)
     theta, buffers = run.theta(s, point="gradient"), run.buffers(s)
-    named = {plain_name(n): p for n, p in model.named_parameters()}
+    model = plain(model)
+    named = {plain_name(n, model): p for n, p in model.named_parameters()}
     owners = {id(p): k for k, o in enumerate(optimizers) for group in o.param_groups for p in group["params"]}
     if len(optimizers) > 1 and run.steps:
         _check_owners(run, s, optimizers, {n: owners.get(id(p)) for n, p in named.items()})
@@ -57,7 +58,7 @@ def restore(
         for name, parameter in named.items():
             parameter.copy_(theta[name])
         for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[plain_name(name)])
+            buffer.copy_(buffers[plain_name(name, model)])
     for each in optimizers:
         each.state.clear()  # a parameter without recorded state has none
     for name, entries in state.items():

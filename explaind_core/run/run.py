@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from explaind_core.data import IndexedDataset
 from explaind_core.errors import QuestionError, StoreError
-from explaind_core.naming import plain_copy, plain_name
+from explaind_core.module_copy import plain_copy
+from explaind_core.naming import plain, plain_name
 from explaind_core.rules import Registry, UpdateRule
 from explaind_core.run.description import RunDescription
 from explaind_core.run.explained_steps import ExplainedSteps, OptimizerFactory
@@ -104,7 +105,8 @@ class Run(ExplainedSteps):
         return other
 
     def _check_model(self, model: nn.Module) -> nn.Module:
-        given = {plain_name(n): (tuple(p.shape), str(p.dtype)) for n, p in model.named_parameters()}
+        model = plain(model)
+        given = {plain_name(n, model): (tuple(p.shape), str(p.dtype)) for n, p in model.named_parameters()}
         recorded = {n: (tuple(p.shape), str(p.dtype)) for n, p in self.parameters.items()}
         if given != recorded:
             differing = [n for n in [*recorded, *given] if recorded.get(n) != given.get(n)]
@@ -143,7 +145,7 @@ class Run(ExplainedSteps):
                 "the run was opened without its model", where=self.path, remedy="open_run(path, model=model)"
             )
         if training not in self._models:
-            self._models[training] = copy.deepcopy(self.model).train(training)
+            self._models[training] = plain_copy(self.model).train(training)
             for name, scaled in self._by_frequency.items():
                 self._models[training].get_submodule(name).scale_grad_by_freq = scaled  # type: ignore[assignment]
         return self._models[training]

@@ -38,7 +38,7 @@ from explaind_core.questions import (
 from explaind_core.rules import FilterState, StepCoefficients, apply_each, is_elementwise
 from explaind_core.strategies.reverse import feature_map, rest_change
 from explaind_core.strategies.shares import GradientSplitter
-from explaind_core.tensors import to_dense
+from explaind_core.tensors import flattened, to_dense
 
 __all__ = ["AdjointWalk", "State"]
 
@@ -147,7 +147,7 @@ class AdjointWalk:
             for n, g in phi.items():
                 for _, _, mask in self.places.of(n):
                     share = moved[n] if mask is None else moved[n] * mask
-                    predicted = predicted + g.flatten(2).double() @ share.reshape(-1)
+                    predicted = predicted + flattened(g, 2).double() @ share.reshape(-1)
             return predicted, (phi, outside)
 
         climbed = climb(
@@ -209,7 +209,8 @@ class AdjointWalk:
             return shares
         rows, reference = len(next(iter(phi.values()))), next(iter(phi.values()))
         parts = [
-            shares[n].flatten(1) if n in shares else reference.new_zeros((rows, split.theta[n].numel())) for n in order
+            flattened(shares[n], 1) if n in shares else reference.new_zeros((rows, split.theta[n].numel()))
+            for n in order
         ]
         return {FLAT: torch.cat(parts, 1)}
 
@@ -310,7 +311,7 @@ class AdjointWalk:
                 mask = layer.masks.get(n)
                 g = gradients[n].reshape(-1)
                 g = g if mask is None or not masked else g * mask.reshape(-1)
-                rows = a.flatten(1).double()
+                rows = flattened(a, 1).double()
                 if question.keeps("parameter"):
                     inside, columns = self.places.columns(n, mask)
                     found = (rows[:, inside] * g[inside]).T.reshape(-1, *self._edge())
@@ -330,8 +331,8 @@ class AdjointWalk:
                     if n not in shares:
                         continue
                     inside, columns = self.places.columns(n, layer.masks.get(n))
-                    rows = a.flatten(1)[:, inside].double()
-                    each = shares[n].cpu().flatten(1)[:, inside].double()
+                    rows = flattened(a, 1)[:, inside].double()
+                    each = flattened(shares[n].cpu(), 1)[:, inside].double()
                     total.terms["unattributed"][0, where, columns, 0] += (rows * each.sum(0)).T.reshape(
                         -1, *self._edge()
                     )
@@ -378,6 +379,6 @@ def _inner(part: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Tenso
     total: Tensor | None = None
     for n, a in part.items():
         if n in gradients:
-            value = a.flatten(1).double() @ gradients[n].reshape(-1).double()
+            value = flattened(a, 1).double() @ gradients[n].reshape(-1).double()
             total = value if total is None else total + value
     return total

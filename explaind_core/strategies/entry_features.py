@@ -17,7 +17,7 @@ from explaind_core.derivatives import slices
 from explaind_core.questions import Question
 from explaind_core.rules import FilterState, apply_each
 from explaind_core.strategies.shares import GradientSplitter
-from explaind_core.tensors import to_dense
+from explaind_core.tensors import flattened, to_dense
 
 __all__ = ["HELD", "STATES", "EntryFeatures", "horizon"]
 
@@ -101,7 +101,7 @@ class EntryFeatures:
             state = (*state, *(parts[0].new_zeros(shape) for _ in range(k - len(state))))
             self._states[unit] = state
             for rows in slices(self.count, BLOCK // (size * parts[0].itemsize)):
-                u = torch.cat([t[rows].flatten(1) for t in parts], 1) if flat else parts[0][rows]
+                u = torch.cat([flattened(t[rows], 1) for t in parts], 1) if flat else parts[0][rows]
                 u = apply_each(declared.gradient_operator, u)  # type: ignore[arg-type]
                 out, following = declared.filter.advance_each(tuple(z[rows] for z in state), u, read=read)
                 for z, new in zip(state, following, strict=True):

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from explaind_core.tensors import flattened
+
 __all__ = ["Matrices", "cosines", "gram_products"]
 
 Matrices = np.ndarray[Any, Any]
@@ -54,7 +56,7 @@ def _scaled(phi: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
 
     In single precision, the squares of small numbers are zero.
     """
-    rows = (phi.flatten(2) * root.to(phi.dtype)).flatten(1)
+    rows = (flattened(phi, 2) * root.to(phi.dtype)).flatten(1)
     largest = rows.abs().amax(1, keepdim=True)
     largest = torch.where(largest > 0, largest, 1.0)
     return rows.div_(largest), largest.double()

@@ -22,6 +22,7 @@ from explaind_core.strategies.gram_products import gram_products
 from explaind_core.strategies.probe import PROBED, Probe, timed
 from explaind_core.strategies.stepwise import Stepwise, WalkedSegment, few_outputs
 from explaind_core.strategies.strategy import Choice, run_bytes
+from explaind_core.tensors import flattened
 
 __all__ = ["Products", "Reverse", "feature_map", "products", "rest_change", "row_bytes", "second_moments"]
 
@@ -146,7 +147,7 @@ def products(
         rows = block if question.keeps("test") else slice(0, 1)
         phi = feature_map(question, function, split.theta_before, split.theta, places.names, block, points)
         for name, gradient in phi.items():
-            flat = gradient.flatten(2)  # [n', J', d]
+            flat = flattened(gradient, 2)  # [n', J', d]
             exact = flat.double()
             for term in names:
                 if name not in updates[term]:
@@ -178,7 +179,7 @@ def second_moments(features: Mapping[str, Tensor], entries: int) -> dict[str, Te
     """``sum_e h_e^2`` over the first ``entries``: name -> float64 of the parameter's shape."""
     found = {}
     for name, h in features.items():
-        flat = h[:entries].flatten(1)
+        flat = flattened(h[:entries], 1)
         total = torch.zeros(flat.shape[1], dtype=torch.float64)
         for rows in slices(len(flat), _SQUARED):  # a few rows at a time stay in the processor's cache
             total += flat[rows].double().square_().sum(0)
@@ -308,7 +309,7 @@ def _add_features(
     """Products with forward-time features ``[entries, *shape]``: ``phi`` is ``[n', J', d]``."""
     kernel, remainder = terms["kernel"], terms.get("unattributed", others)
     steps, entries = kernel.shape[0], kernel.shape[3]
-    h = features.flatten(1)
+    h = flattened(features, 1)
     asked = h[: steps * entries]
     for position, _, mask in places.of(name):
         share = asked if mask is None else asked * mask.reshape(-1).to(asked.dtype)

@@ -10,11 +10,12 @@ from explaind_core.training_step.batch_content import BatchContent
 from explaind_core.training_step.environment import differences, environment, git_commit, provenance, threads
 from explaind_core.training_step.fingerprints import fingerprint
 from explaind_core.training_step.forward_state import ForwardState, random_state
-from explaind_core.training_step.losses import LossFunction, describe_loss, per_sample_loss, rebuild_loss
+from explaind_core.training_step.losses import LossFunction, describe_loss, rebuild_loss
 from explaind_core.training_step.model import ModelCall, ParameterInfo, run_model
 from explaind_core.training_step.optimizers import rebuild_optimizer
 from explaind_core.training_step.recipe import GradientFunction, Recipe, candidates, different
 from explaind_core.training_step.reread import read_again
+from explaind_core.training_step.sample_losses import SampleLosses, per_sample_loss
 from explaind_core.training_step.transformers_losses import loss_of, returned
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "ModelCall",
     "ParameterInfo",
     "Recipe",
+    "SampleLosses",
     "candidates",
     "describe_loss",
     "differences",

@@ -1,4 +1,4 @@
-"""Training losses: how a recorded run remembers one, and how it is evaluated sample by sample."""
+"""Training losses: how a recorded run remembers one."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import loss as torch_losses
 
-from explaind_core.errors import QuestionError, StoreError
+from explaind_core.errors import StoreError
 from explaind_core.naming import qualified_name
 from explaind_core.training_step import transformers_losses
 
-__all__ = ["describe_loss", "per_sample_loss", "rebuild_loss"]
+__all__ = ["LossFunction", "describe_loss", "rebuild_loss"]
 
 #: The losses of ``transformers``' models, by the module that holds them now and by the one of earlier releases.
 _OF_TRANSFORMERS = (transformers_losses.__name__, "explaind_core.integrations.losses")
@@ -85,42 +85,3 @@ def rebuild_loss(description: dict[str, Any] | None) -> LossFunction | None:
         function: LossFunction = getattr(torch.nn.functional, name)
         return function
     return transformers_losses.LOSSES.get(name) if module in _OF_TRANSFORMERS else None
-
-
-def per_sample_loss(loss: LossFunction, outputs: Any, targets: Any) -> Tensor:
-    """The loss of each sample on its own.
-
-    A loss that returns one number per sample is taken as it is. A reduced one (a 0-d result) is called on
-    every sample as a batch of one. Its normaliser is then that sample's own: with class weights or ignored
-    tokens this is not the sample's share of a batch mean.
-
-    Args:
-        loss: per-sample or reduced.
-        outputs: of the model, over n samples.
-        targets: of the same samples.
-
-    Returns:
-        ``[n]``.
-
-    Raises:
-        QuestionError: the result has more than one number per sample.
-
-    Example:
-        >>> per_sample_loss(torch.nn.functional.mse_loss, torch.zeros(2, 3), torch.ones(2, 3))
-        tensor([1., 1.])
-    """
-    n = len(outputs)
-    values = loss(outputs, targets)
-    if values.ndim == 0:
-        # randomness="error" is vmap's default: a stochastic loss would have no fixed derivative.
-        return torch.func.vmap(lambda output, target: loss(output.unsqueeze(0), target.unsqueeze(0)))(outputs, targets)
-    if values.shape == (n,):
-        return values
-    if values.numel() == n:
-        return values.reshape(n)
-    raise QuestionError(
-        "the loss does not return one number per sample",
-        expected=f"a 0-d tensor, or shape ({n},)",
-        got=tuple(values.shape),
-        remedy="sum or average over the other axes",
-    )

@@ -210,3 +210,16 @@ def test_single_precision_closes_too(tmp_path):
     assert result.attrs["dtype"] == "torch.float32"
     assert closure_error(result) <= 1e-14
     np.testing.assert_array_equal(result.final, explaind.attribute(run, INPUTS.float(), progress=False).final)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_checkpoints_of_a_wrapped_model_are_those_of_the_plain_one(wrap):
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
+    wrapped = wrap(model)
+    points = [{n: t + 0.1 * k if t.is_floating_point() else t for n, t in model.state_dict().items()} for k in range(3)]
+    names = dict(zip(wrapped.state_dict(), model.state_dict(), strict=True))
+    named = [{n: point[names[n]] for n in names} for point in points]
+    x = torch.ones(2, 3, dtype=torch.float64)
+    expected = explaind.attribute_checkpoints(points, model, x, progress=False)
+    assert explaind.attribute_checkpoints(named, wrapped, x, progress=False).identical(expected)
+    assert explaind.attribute_checkpoints(points, wrapped, x, progress=False).identical(expected)
