@@ -40,9 +40,9 @@ class ForwardWatch:
         >>> watch.close()
     """
 
-    def __init__(self, model: nn.Module, first: Callable[[], object] = tuple) -> None:
+    def __init__(self, model: nn.Module, first: Callable[[], object] = tuple, calls: ModelCalls | None = None) -> None:
         self._model, self._first = plain(model), first
-        self.calls = ModelCalls(model)
+        self.calls = ModelCalls(lambda: list(model.parameters())) if calls is None else calls
         named = [(name, module) for name, module in self._model.named_modules() if inner_name(module) is None]
         self._names = [(plain_name(name, self._model), module) for name, module in named if name]
         devices = {p.device for p in model.parameters()} - {torch.device("cpu"), torch.device("meta")}

@@ -76,6 +76,8 @@ class Recorder:
         make_optimizer: as for :func:`explaind_core.open_run`, for those modes as well.
         penalty: ``penalty(parameters by name) -> 0-d``: what the loop adds to an optimizer step's loss that depends on
             the parameters alone. Its name is kept; ``open_run(..., penalty=)`` makes it a term of its own.
+        train_axis: whether gradients are going to be split by samples. One that is of several calls of the model for
+            one batch could not be, and is refused. False records it; only questions that keep ``train`` are refused.
 
     Raises:
         RuleNotFoundError, AmbiguousRuleError: not exactly one rule speaks for ``optimizer``.
@@ -124,6 +126,7 @@ class Recorder:
         penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
         compression: Literal["blosc"] | None = "blosc",
         expected_steps: int | None = None,
+        train_axis: bool = True,
     ) -> None:
         check_loss_is_function(loss)
         scaler = scaler_inside(optimizer) if scaler is None else scaler
@@ -180,6 +183,7 @@ class Recorder:
             self._clipping,
             self._recomputation,
             scaler,
+            train_axis=train_axis,
         )
 
     @property

@@ -179,6 +179,7 @@ class Rounds:
         groups += [group for group in seen.groups if group[OWNER] == member]
         this.seen.groups = sorted(groups, key=lambda group: int(group[OWNER]))
         this.seen.gradients |= seen.gradients
+        this.seen.calls = max(this.seen.calls, seen.calls)
         this.seen.stepped = sorted([*this.seen.stepped, member])
         this.moved |= reached
         this.buffers = self._subject.buffers()

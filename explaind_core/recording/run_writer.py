@@ -37,6 +37,7 @@ class SeenStep:
         buffers_before: buffers that did not stand where the last step left them when the model was called.
         recomputation: what else is needed to compute the gradients again, as JSON.
         stepped: which of several optimizers made it; empty for one.
+        calls: of how many calls of the model its gradient is, where these are more than its batches; else 0.
     """
 
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -46,6 +47,7 @@ class SeenStep:
     buffers_before: dict[str, Tensor] = field(default_factory=dict)
     recomputation: dict[str, Any] = field(default_factory=dict)
     stepped: list[int] = field(default_factory=list)
+    calls: int = 0
 
 
 class RunWriter:
@@ -234,6 +236,8 @@ class RunWriter:
             header["clips"] = seen.clips
         if seen.stepped:
             header["stepped"] = seen.stepped
+        if seen.calls:
+            header["calls"] = seen.calls
         header["lines"] = self.store.count_lines("metrics.jsonl")
         header["data"] = self.data = batches.fingerprint(self.data)
         if seen.evaluations:

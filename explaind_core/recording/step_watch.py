@@ -47,6 +47,7 @@ from explaind_core.recording.declared_clipping import DeclaredClipping
 from explaind_core.recording.early_check import no_gradient
 from explaind_core.recording.forward_watch import ForwardWatch
 from explaind_core.recording.inner_iterations import Evaluation, IterationSplitter
+from explaind_core.recording.model_calls import ModelCalls
 from explaind_core.recording.recomputation_notes import RecomputationNotes
 from explaind_core.recording.rounds import Rounds
 from explaind_core.recording.run_writer import RunWriter, SeenStep
@@ -89,6 +90,7 @@ class StepWatch:
         clipping: what it declares of the coming step's gradient.
         recomputation: in modes that compute gradients again, what notes how.
         scaler: the loop's gradient scaler, if the Recorder was given it.
+        train_axis: whether gradients that could not be split by samples are refused.
 
     Attributes:
         forwards: how the model was called.
@@ -106,6 +108,8 @@ class StepWatch:
         clipping: DeclaredClipping,
         recomputation: RecomputationNotes | None,
         scaler: GradScaler | None,
+        *,
+        train_axis: bool = True,
     ) -> None:
         self._path, self._subject, self._writer, self._batches = path, subject, writer, batches
         self._clipping, self._recomputation = clipping, recomputation
@@ -113,7 +117,8 @@ class StepWatch:
         self.skipped = 0
         optimizers, iterates = subject.optimizers, subject.rule.iterations({}) is not None
         self._splitter = IterationSplitter(subject.rule, optimizers[0], subject.parameters) if iterates else None
-        self.forwards = ForwardWatch(model, tuple if recomputation is None else recomputation.before_pass)
+        before_pass = tuple if recomputation is None else recomputation.before_pass
+        self.forwards = ForwardWatch(model, before_pass, ModelCalls(subject.trained, refused=train_axis))
         self.rounds = Rounds(subject, writer, batches, self._count_skipped) if subject.joint else None
         self._handles: list[RemovableHandle] = []
         for each in optimizers:
@@ -228,7 +233,7 @@ class StepWatch:
                 remedy="call recorder.batch(inputs, targets, ids=ids) between backward() and step()",
             )
         if self.rounds is None or self.rounds.at_beginning:
-            self.forwards.calls.check([len(ids) for ids in self._batches.ids], self._coming_step)
+            pending.calls = self.forwards.calls.check([len(ids) for ids in self._batches.ids], self._coming_step)
             self._batches.assign_passes(self.forwards.take(), None if scale is None else float(scale))
         pending.clips = self._clipping.clips
         if pending.skipped:
@@ -320,7 +325,7 @@ class StepWatch:
                 )
         for iteration in iterations:
             gradients, evaluations = dict(iteration.evaluations[0].gradients), list(iteration.evaluations)
-            single = SeenStep(gradients, iteration.groups, evaluations, pending.clips)
+            single = SeenStep(gradients, iteration.groups, evaluations, pending.clips, calls=pending.calls)
             self._writer.finish(single, iteration.theta, self._batches, self._clipping.factor, iteration.state)
 
 

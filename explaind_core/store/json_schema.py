@@ -37,6 +37,7 @@ STEP: Any = {
     "batches": [{"key": str, "weight": _NUMBER}],
     "gradient_factor": _NUMBER,
     "closure_losses?": [_NUMBER],
+    "calls?": COUNT,
     "lines?": COUNT,
 }
 

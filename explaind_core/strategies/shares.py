@@ -108,9 +108,11 @@ class GradientSplitter:
             names: the parameters whose gradients are wanted.
 
         Raises:
-            RecordingError: no way to pass the batch through the model gives the gradient that was recorded.
+            RecordingError: no way to pass the batch through the model gives the gradient that was recorded, or it was
+                recorded that it is of several calls of the model for one batch.
         """
         run = self._run
+        self._check_calls(split.step)
         recorded = {n: split.gradients[n] for n in names if n in split.gradients}
         limit = None
         if any(kind == "value" for kind, *_ in run.clips(split.step)) and recorded:
@@ -140,6 +142,19 @@ class GradientSplitter:
         samples = self._samples(split, batch, names, buffers, *ways[0])
         nearest = dict.fromkeys(names, samples.nearest(recorded, limit=limit))
         return self._shares(samples, nearest, limit, recorded, names)
+
+    def _check_calls(self, step: int) -> None:
+        calls = self._run.step_header(step).get("calls", 0)
+        if calls and not self._carries:
+            raise RecordingError(
+                "the gradient is of several calls of the model for one declared batch, and has no share per sample",
+                where=f"step {step}",
+                expected="one call for each declared batch",
+                got=f"{calls} calls",
+                remedy="keep only axes other than train; or record a module that makes all calls in one forward, as "
+                'Recorder(..., train_axis=True) tells; or say unattributed="carry": what the samples of the declared '
+                "batch do not explain is then a term of its own, with its size",
+            )
 
     def _ways(self, batch: Batch) -> list[tuple[bool, bool]]:
         """(training mode, whether the loss is computed under autocast) as they may have been, the likeliest first."""

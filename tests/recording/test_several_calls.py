@@ -1,4 +1,4 @@
-"""Loops whose gradient is of several calls of the model, and losses with weights: refused at once; the remedy works."""
+"""Loops whose gradient is of several calls of the model: refused at once, with a remedy that works, or recorded."""
 
 from __future__ import annotations
 
@@ -165,69 +165,130 @@ def test_a_closure_that_is_evaluated_again_calls_again(tmp_path):
     assert len(explaind.open_run(tmp_path / "run", model=model).steps) > 2
 
 
-# ------------------------------------------------------------------ losses with weights
-class Uncertainty(nn.Module):
-    """Two losses, weighted by what is learned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.log_variances = nn.Parameter(torch.zeros(2))
-
-    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        losses = [nn.functional.cross_entropy(outputs, targets), outputs.square().mean()]
-        return (torch.stack(losses) * (-self.log_variances).exp() + self.log_variances).sum()
+# ------------------------------------------------------------------ recorded as they are
+def bce(outputs: torch.Tensor, value: float) -> torch.Tensor:
+    return nn.functional.binary_cross_entropy_with_logits(outputs[:, 0], torch.full((len(outputs),), value))
 
 
-class Temperature(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.temperature = nn.Parameter(torch.tensor(1.5))
+def gan(path: Any, clear: Any, **options: Any) -> Any:
+    """A discriminator that is recorded; its generator's updates call it, too."""
+    discriminator, generator = network(), nn.Linear(4, 4)
+    optimizer = torch.optim.Adam(discriminator.parameters(), lr=0.01, betas=(0.5, 0.999))
+    others = torch.optim.Adam(generator.parameters(), lr=0.01)
+    with explaind.Recorder(path, discriminator, optimizer, nn.MSELoss(), **options) as recorder:
+        for _ in range(3):
+            fake = generator(P)
+            real_loss, fake_loss = bce(discriminator(A), 1.0), bce(discriminator(fake.detach()), 0.0)
+            clear(discriminator)
+            real_loss.backward()
+            recorder.batch(A, None, ids=IDS)
+            fake_loss.backward()
+            if options.get("train_axis", True):
+                recorder.batch(fake.detach(), None, ids=IDS + 8)
+            optimizer.step()
+            others.zero_grad()
+            bce(discriminator(fake), 1.0).backward()
+            others.step()
+    return explaind.open_run(path, model=discriminator, loss=nn.MSELoss()), discriminator
 
-    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return nn.functional.cross_entropy(outputs / self.temperature, targets)
+
+CLEARED = {"set to none": lambda model: model.zero_grad(), "zeros": lambda model: model.zero_grad(set_to_none=False)}
 
 
-class Centers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.centers = nn.Embedding(3, 3)
-
-    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return nn.functional.cross_entropy(outputs, targets) + (outputs - self.centers(targets)).square().mean()
-
-
-@pytest.mark.parametrize("kind", [Uncertainty, Temperature, Centers])
-def test_a_loss_with_weights_of_its_own_is_refused_and_the_remedy_works(tmp_path, kind):
-    torch.manual_seed(0)
-    model, loss = network(), kind()
-    everything = [*model.parameters(), *loss.parameters()]
-    optimizer = torch.optim.SGD(everything, lr=0.1)
-    with pytest.raises(errors.RecordingError, match="trains weights of the loss") as refused:
-        explaind.Recorder(tmp_path / "refused", model, optimizer, loss)
-    with pytest.raises(errors.RecordingError, match=r"no parameter of the model[\s\S]*WithLoss") as unnamed:
-        explaind.Recorder(tmp_path / "refused", model, optimizer, lambda o, y: loss(o, y))
-    assert "ModuleList" not in str(refused.value) + str(unnamed.value)
-    explaind.Recorder(tmp_path / "frozen", model, torch.optim.SGD(model.parameters(), lr=0.1), loss).stop()
-    start = [p.detach().clone() for p in everything]
-    for _ in range(2):  # the loop as it was
-        optimizer.zero_grad()
-        loss(model(A), Y).backward()
-        optimizer.step()
-    expected = [p.detach().clone() for p in everything]
-    with torch.no_grad():
-        for parameter, value in zip(everything, start, strict=True):
-            parameter.copy_(value)
-
-    def mean(losses: torch.Tensor, _targets: Any) -> torch.Tensor:
-        return losses.mean()
-
-    trained = made_by(refused.value.remedy, "WithLoss")(model, loss)
-    run = one_step(tmp_path / "run", trained, mean, lambda m: mean(m(A, Y), None).backward(), (A, Y))
-    for parameter, value in zip(everything, expected, strict=True):
-        torch.testing.assert_close(parameter.detach(), value)
-    test = (A[:2], Y[:2])
-    for output in (None, explaind.Activation("model")):
-        result = explaind.attribute(run, test, output=output, keep=("step", "train", "test"), nodes=2, progress=False)
-        assert result.sizes["train"] == 8
+@pytest.mark.parametrize("clear", CLEARED)
+def test_a_discriminator_is_recorded_for_questions_without_the_train_axis(tmp_path, clear):
+    run, model = gan(tmp_path / "run", CLEARED[clear], train_axis=False)
+    assert [run.step_header(s)["calls"] for s in run.steps] == [2, 2, 2]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(run.theta(3)[name], parameter)
+    for keep in (("step", "test"), ("layer", "test"), ("step", "gradient_step", "test")):
+        result = explaind.attribute(run, A[:2], keep=keep, progress=False)
         assert explaind.closure_error(result) < 1e-3
-    assert explaind.verify(run, test, progress=False).agreement > 0.999
+    assert explaind.verify(run, A[:2], progress=False).agreement > 0.999
+    with pytest.raises(errors.RecordingError, match=r"several calls[\s\S]*keep only axes other than train"):
+        explaind.attribute(run, A[:2], keep=("train", "test"), progress=False)
+    carried = explaind.attribute(run, A[:2], keep=("train", "test"), unattributed="carry", progress=False)
+    assert explaind.closure_error(carried) < 1e-3
+
+
+@pytest.mark.parametrize("clear", CLEARED)
+def test_batches_that_are_declared_one_by_one_are_one_call_each(tmp_path, clear):
+    """The generator's update reaches the discriminator, too; that gradient is cleared."""
+    run, _ = gan(tmp_path / "run", CLEARED[clear])
+    assert len(run.steps) == 3
+    assert all("calls" not in run.step_header(s) for s in run.steps)
+
+
+def test_one_step_of_several_calls_among_others(tmp_path):
+    """Only questions about that step's samples are refused."""
+    model, loss = network(), nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with explaind.Recorder(tmp_path / "run", model, optimizer, loss, train_axis=False) as recorder:
+        for step in (1, 2, 3):
+            optimizer.zero_grad()
+            value = loss(model(A), Y) + (model(P).square().mean() if step == 2 else 0)
+            value.backward()
+            recorder.batch(A, Y, ids=IDS)
+            optimizer.step()
+    run = explaind.open_run(tmp_path / "run", model=model)
+    with pytest.raises(errors.RecordingError, match="step 2"):
+        explaind.attribute(run, A[:2], keep=("train", "test"), progress=False)
+    before = explaind.open_run(tmp_path / "run", model=model, until=1)
+    assert explaind.attribute(before, A[:2], keep=("train", "test"), progress=False).sizes["train"] == 8
+
+
+def adversarial(model: nn.Module) -> None:
+    """A perturbation by gradients that are cleared, then the training's own pass."""
+    x = A.clone()
+    for _ in range(3):
+        x.requires_grad_()
+        nn.functional.cross_entropy(model(x), Y).backward()
+        x = (x + 0.01 * x.grad.sign()).detach()
+    model.zero_grad(set_to_none=False)
+    nn.functional.cross_entropy(model(A), Y).backward()
+
+
+def printed_and_clipped(model: nn.Module) -> None:
+    nn.functional.cross_entropy(model(A), Y).backward()
+    torch.autograd.grad(nn.functional.cross_entropy(model(P), Y), list(model.parameters()))
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
+
+
+def failed_and_tried_again(model: nn.Module) -> None:
+    def fail(_gradient: torch.Tensor) -> None:
+        raise MemoryError
+
+    outputs = model(A)
+    model[0].weight.register_hook(fail).remove()
+    handle = outputs.register_hook(fail)
+    with pytest.raises(MemoryError):
+        nn.functional.cross_entropy(outputs, Y).backward()
+    handle.remove()
+    nn.functional.cross_entropy(model(A), Y).backward()
+
+
+def two_views(model: nn.Module) -> None:
+    """As SimCLR calls its encoder: once, with both views of a batch behind each other."""
+    views = model(torch.cat([A, A + 0.1])).reshape(2, 8, -1)
+    (views[0] - views[1]).square().mean().backward()
+
+
+@pytest.mark.parametrize("backward", [adversarial, printed_and_clipped, failed_and_tried_again, two_views])
+def test_gradients_that_are_not_fed_do_not_count(tmp_path, backward):
+    run = one_step(tmp_path / "run", network(), nn.CrossEntropyLoss(), backward, A, Y)
+    assert len(run.steps) == 2
+    assert all("calls" not in run.step_header(s) for s in run.steps)
+
+
+def test_a_gradient_of_ones_own_may_be_of_several_calls(tmp_path):
+    """Where gradients are computed again by a function that was given, it calls as the loop does."""
+    triplet = nn.TripletMarginLoss()
+
+    def gradient(model: nn.Module, micro: Any) -> None:
+        triplet(*(model(x) for x in micro.inputs)).backward()
+
+    backward = lambda model: triplet(model(A), model(P), model(N)).backward()  # noqa: E731
+    options = {"mode": "parameters", "gradient": gradient, "train_axis": False}
+    one_step(tmp_path / "run", network(), triplet, backward, (A, P, N), **options)
+    run = explaind.open_run(tmp_path / "run", model=network(), loss=triplet, gradient=gradient)
+    assert explaind.verify(run, A[:2], progress=False).agreement > 0.999
