@@ -24,10 +24,10 @@ import xarray as xr
 from torch import Tensor, nn
 
 from explaind_core.checkpoints.state_dicts import Checkpoints, StateDict
+from explaind_core.copies import plain_copy, without_backward_hooks
 from explaind_core.decomposition import StepDecomposition, UpdateSplit
 from explaind_core.derivatives import ExplainedFunction, FunctionAtStep, Quadrature, as_output
 from explaind_core.errors import NonFiniteError, QuestionError
-from explaind_core.module_copy import plain_copy
 from explaind_core.naming import plain_name
 from explaind_core.progress import track
 from explaind_core.questions import Layer, LayerSpec, resolve_layers
@@ -104,7 +104,7 @@ def attribute_checkpoints(
         True
     """
     kept, quadrature = _check_keep(keep), Quadrature(nodes, tolerance, max_nodes)
-    named, model = partial(plain_name, model=model), plain_copy(model).eval()
+    named, model = partial(plain_name, model=model), without_backward_hooks(plain_copy(model)).eval()
     points = Checkpoints.of(checkpoints, labels, model, buffers, named)
     resolved, rest = resolve_layers(layers, points.parameters, model)
     if "layer" not in kept:

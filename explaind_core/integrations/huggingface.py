@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils.generic import find_labels
 
+from explaind_core.copies import plain_copy
 from explaind_core.data import IndexedDataset, split_targets, with_ids
 from explaind_core.errors import RecordingError
 from explaind_core.integrations.calls import CallWatch
-from explaind_core.module_copy import plain_copy
 from explaind_core.recording import Recorder
 from explaind_core.training_step import LossFunction, loss_of, returned
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from explaind_core.copies import plain_copy
 from explaind_core.errors import ExplaindError, RecordingError
-from explaind_core.module_copy import plain_copy
 from explaind_core.naming import qualified_name
 from explaind_core.recording.subject import Subject
 from explaind_core.run import open_run

@@ -131,7 +131,7 @@ class ModelCalls:
                 self._passes = [each for each in self._passes if not each.over]
             found = begun = _BackwardPass(task, self._gradients())
             self._passes.append(begun)
-            Variable._execution_engine.queue_callback(lambda: self._end_pass(begun))  # type: ignore[no-untyped-call]
+            Variable._execution_engine.queue_callback(lambda: self._end_pass(begun))
         found.calls.append(call)
 
     def _end_pass(self, ended: _BackwardPass) -> None:

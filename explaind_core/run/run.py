@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from explaind_core.copies import plain_copy, without_backward_hooks
 from explaind_core.data import IndexedDataset
 from explaind_core.errors import QuestionError, StoreError
-from explaind_core.module_copy import plain_copy
 from explaind_core.naming import plain, plain_name
 from explaind_core.rules import Registry, UpdateRule
 from explaind_core.run.description import RunDescription
@@ -118,7 +118,7 @@ class Run(ExplainedSteps):
                 got=given.get(name, "no such parameter"),
                 remedy=f"build the architecture that was recorded ({self.manifest['model']})",
             )
-        private = plain_copy(model).eval().requires_grad_(False)
+        private = without_backward_hooks(plain_copy(model)).eval().requires_grad_(False)
         for name, module in private.named_modules():
             if isinstance(module, nn.Embedding | nn.EmbeddingBag):
                 module.sparse = False  # how a gradient is laid out, not what it is: dense ones can be batched

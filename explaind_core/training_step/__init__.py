@@ -15,7 +15,7 @@ from explaind_core.training_step.model import ModelCall, ParameterInfo, run_mode
 from explaind_core.training_step.optimizers import rebuild_optimizer
 from explaind_core.training_step.recipe import GradientFunction, Recipe, candidates, different
 from explaind_core.training_step.reread import read_again
-from explaind_core.training_step.sample_losses import SampleLosses, per_sample_loss
+from explaind_core.training_step.sample_losses import SampleLosses
 from explaind_core.training_step.transformers_losses import loss_of, returned
 
 __all__ = [
@@ -37,7 +37,6 @@ __all__ = [
     "fingerprint",
     "git_commit",
     "loss_of",
-    "per_sample_loss",
     "provenance",
     "random_state",
     "read_again",

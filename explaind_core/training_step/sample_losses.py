@@ -11,7 +11,7 @@ from explaind_core import trees
 from explaind_core.errors import QuestionError
 from explaind_core.training_step.losses import LossFunction, describe_loss
 
-__all__ = ["SampleLosses", "per_sample_loss"]
+__all__ = ["SampleLosses"]
 
 
 class SampleLosses:
@@ -160,27 +160,6 @@ class SampleLosses:
     def _name(self) -> str:
         description = describe_loss(self.loss) or {}
         return f"loss {description.get('name', '?')}"
-
-
-def per_sample_loss(loss: LossFunction, outputs: Any, targets: Any) -> Tensor:
-    """The loss of each sample on its own; see :class:`SampleLosses`.
-
-    Args:
-        loss: per-sample or reduced.
-        outputs: of the model, over n samples.
-        targets: of the same samples.
-
-    Returns:
-        ``[n]``.
-
-    Raises:
-        QuestionError: the result has more than one number per sample.
-
-    Example:
-        >>> per_sample_loss(torch.nn.functional.mse_loss, torch.zeros(2, 3), torch.ones(2, 3))
-        tensor([1., 1.])
-    """
-    return SampleLosses(loss)(outputs, targets)
 
 
 def _samples(outputs: Any, targets: Any) -> int:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import explaind_core as explaind
 from explaind_core import errors
-from explaind_core.training_step import SampleLosses, per_sample_loss
+from explaind_core.training_step import SampleLosses
 
 _GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(8, 4, generator=_GENERATOR, dtype=torch.float64)
@@ -179,7 +179,7 @@ def test_one_by_one_gives_the_same_numbers(loss):
     at_once, apart = SampleLosses(loss), SampleLosses(loss)
     apart.vectorised = False
     torch.testing.assert_close(at_once(outputs, Y[:6]), apart(outputs, Y[:6]), rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(at_once(outputs, Y[:6])[2:3], per_sample_loss(loss, outputs[2:3], Y[2:3]))
+    torch.testing.assert_close(at_once(outputs, Y[:6])[2:3], SampleLosses(loss)(outputs[2:3], Y[2:3]))
 
 
 def test_what_has_no_row_per_sample_belongs_to_every_sample():
@@ -187,7 +187,7 @@ def test_what_has_no_row_per_sample_belongs_to_every_sample():
         return F.cross_entropy(outputs[0], targets) + 0.1 * outputs[1]
 
     logits = torch.randn(4, 3, generator=_GENERATOR)
-    found = per_sample_loss(balanced, (logits, torch.tensor(2.0)), Y[:4])
+    found = SampleLosses(balanced)((logits, torch.tensor(2.0)), Y[:4])
     torch.testing.assert_close(found, F.cross_entropy(logits, Y[:4], reduction="none") + 0.2)
 
 
@@ -229,13 +229,13 @@ def test_a_loss_that_draws_is_refused(n):
 
     for loss, outputs, targets in ((noisy, X[:n, :3], Y[:n]), (noisy_mask, SEQUENCES[:n, :, :3], TOKENS[:n])):
         with pytest.raises(errors.QuestionError, match="draws random numbers"):
-            per_sample_loss(loss, outputs, targets)
+            SampleLosses(loss)(outputs, targets)
 
 
 def test_a_constant_has_a_derivative():
-    assert per_sample_loss(lambda o, _: o.new_ones(()), torch.zeros(2, 3), Y[:2]).tolist() == [1, 1]
+    assert SampleLosses(lambda o, _: o.new_ones(()))(torch.zeros(2, 3), Y[:2]).tolist() == [1, 1]
 
 
 def test_outputs_without_tensors_are_refused():
     with pytest.raises(errors.QuestionError, match="nothing that a loss can be taken of"):
-        per_sample_loss(of_both, object(), None)
+        SampleLosses(of_both)(object(), None)

@@ -172,24 +172,28 @@ def bce(outputs: torch.Tensor, value: float) -> torch.Tensor:
 
 def gan(path: Any, clear: Any, **options: Any) -> Any:
     """A discriminator that is recorded; its generator's updates call it, too."""
+
+    def real_or_fake(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return nn.functional.binary_cross_entropy_with_logits(outputs[:, 0], targets)
+
     discriminator, generator = network(), nn.Linear(4, 4)
     optimizer = torch.optim.Adam(discriminator.parameters(), lr=0.01, betas=(0.5, 0.999))
     others = torch.optim.Adam(generator.parameters(), lr=0.01)
-    with explaind.Recorder(path, discriminator, optimizer, nn.MSELoss(), **options) as recorder:
+    with explaind.Recorder(path, discriminator, optimizer, real_or_fake, **options) as recorder:
         for _ in range(3):
             fake = generator(P)
             real_loss, fake_loss = bce(discriminator(A), 1.0), bce(discriminator(fake.detach()), 0.0)
             clear(discriminator)
             real_loss.backward()
-            recorder.batch(A, None, ids=IDS)
+            recorder.batch(A, torch.ones(8), ids=IDS)
             fake_loss.backward()
             if options.get("train_axis", True):
-                recorder.batch(fake.detach(), None, ids=IDS + 8)
+                recorder.batch(fake.detach(), torch.zeros(8), ids=IDS + 8)
             optimizer.step()
             others.zero_grad()
             bce(discriminator(fake), 1.0).backward()
             others.step()
-    return explaind.open_run(path, model=discriminator, loss=nn.MSELoss()), discriminator
+    return explaind.open_run(path, model=discriminator, loss=real_or_fake), discriminator
 
 
 CLEARED = {"set to none": lambda model: model.zero_grad(), "zeros": lambda model: model.zero_grad(set_to_none=False)}
@@ -216,6 +220,7 @@ def test_batches_that_are_declared_one_by_one_are_one_call_each(tmp_path, clear)
     """The generator's update reaches the discriminator, too; that gradient is cleared."""
     run, _ = gan(tmp_path / "run", CLEARED[clear])
     assert len(run.steps) == 3
+    assert explaind.closure_error(explaind.attribute(run, A[:2], keep=("train", "test"), progress=False)) < 1e-3
     assert all("calls" not in run.step_header(s) for s in run.steps)
 
 

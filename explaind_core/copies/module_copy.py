@@ -7,7 +7,9 @@ modules are built again one by one. What stands in their attributes:
 - tensors with a graph behind them (activations that a module keeps) are detached and cloned;
 - containers, bound methods, partial and nested functions are built again around the copies, if they hold any;
 - random generators are cloned: the copy must not draw from the training's numbers;
-- all other objects are shared, unless they lead to a module or parameter. Then they are built again, too.
+- all other objects are shared, unless they lead to a module or parameter. Then they are built again, too;
+- what leads to the model and cannot be built again is left out: an error says so where the copy uses it. A ``forward``
+  or a hook that reads the model by a global name is refused at once.
 """
 
 from __future__ import annotations
@@ -25,23 +27,29 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from explaind_core.errors import QuestionError
-from explaind_core.naming import inner_name, plain, wrapping
-from explaind_core.object_parts import (
+from explaind_core.copies.forward_names import outside_names
+from explaind_core.copies.not_copied import NotCopied
+from explaind_core.copies.object_parts import (
     ATOMS,
     LRU_CACHE,
     TRANSPARENT,
     WEAK,
+    cloned_generator,
     content,
-    globals_read,
+    global_parts,
+    is_free,
     is_the_programs,
     parts_of,
     slots,
 )
+from explaind_core.copies.search import Search
+from explaind_core.errors import QuestionError
+from explaind_core.naming import inner_name, plain, wrapping
 
 __all__ = ["plain_copy"]
 
-#: So many objects may stand between a module and a part of the model that one of its attributes leads to.
+#: So many objects that stand behind each other are built again. A model's own helpers are not deeper; what is, as a
+#: trainer in an attribute, is the program's: it is left out where it leads to the model, and else shared.
 _LEVELS = 4
 #: What a module must not take along: it would run the module that was compiled.
 _COMPILED_CALL = "_compiled_call_impl"
@@ -94,13 +102,17 @@ class _Copier:
         self._kept: list[Any] = []  # what was copied is kept alive, so that its id stays its own
         self._own = {id(part) for module in wrapping(model)[-1].modules() for part in (module, *_tensors(module))}
         self._own |= {id(module) for module in wrapping(model)}
+        self._search = Search(self._own)
+        self._classes: set[type] = set()  # whose forward was looked at
         self._names = {id(module): name for name, module in model.named_modules()}
         self._where: list[str] = []
         self._objects = 0  # how many objects that are no modules stand around the present one
 
     def copy(self, value: Any) -> Any:
         """The copy of a value, the value itself where it may be shared."""
-        if isinstance(value, ATOMS) and not isinstance(getattr(value, "__self__", None), Tensor | nn.Module):
+        if type(value) is NotCopied:
+            return value
+        if isinstance(value, ATOMS) or (isinstance(value, types.BuiltinFunctionType) and is_free(value)):
             return value
         if id(value) in self._memo:
             return self._memo[id(value)]
@@ -113,10 +125,20 @@ class _Copier:
         if container is not None:
             return container(self, value)
         if isinstance(value, torch.Generator | random.Random | np.random.Generator | np.random.RandomState):
-            return self._remember(value, _cloned_generator(value))
+            return self._remember(value, cloned_generator(value))
         if type(value) is np.ndarray and value.dtype != object:
             return value if self._objects else self._remember(value, value.copy())
-        if is_the_programs(value) or not self._reaches(value):
+        if isinstance(value, types.BuiltinFunctionType) and type(value.__self__) in _CONTAINERS:
+            return self._method(value)
+        if is_the_programs(value):
+            return value
+        ends = hasattr(type(value), "__del__")  # a copy would end what the value holds
+        if self._search.leads(value):
+            if ends:
+                return self._leave_out(value, "ends something when it is deleted")
+            if self._objects >= _LEVELS and not isinstance(value, TRANSPARENT):
+                return self._leave_out(value, f"stands behind {self._objects} other objects")
+        elif ends or not self._reaches(value):
             return value
         return self._around(value)
 
@@ -130,6 +152,8 @@ class _Copier:
             return self._remember(module, self.copy(plain(module)))
         if isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule):  # these know how they are made
             return self._remember(module, self._by_itself(module))
+        name = self._names.get(id(module), type(module).__name__)
+        self._check_class(type(module), f"module {name!r}, forward")
         made: nn.Module = object.__new__(type(module))
         self._memo[id(module)] = made
         attributes = dict(vars(module))
@@ -140,9 +164,9 @@ class _Copier:
                 del attributes["forward"]
         objects, self._objects = self._objects, 0
         try:
-            for name, value in attributes.items():
-                self._where.append(f"module {self._names.get(id(module), type(module).__name__)!r}, {name}")
-                made.__dict__[name] = self.copy(value)
+            for attribute, value in attributes.items():
+                self._where.append(f"module {name!r}, {attribute}")
+                made.__dict__[attribute] = self.copy(value)
                 self._where.pop()
             self._fill_slots(made, module)
         finally:
@@ -203,8 +227,9 @@ class _Copier:
         if isinstance(value, weakref.ReferenceType):
             return self._remember(value, weakref.ref(self.copy(value())))
         if isinstance(value, LRU_CACHE):
-            cached = functools.lru_cache(**value.cache_parameters())(self.copy(value.__wrapped__))
-            return self._remember(value, cached)
+            inside = self.copy(value.__wrapped__)
+            made = inside if type(inside) is NotCopied else functools.lru_cache(**value.cache_parameters())(inside)
+            return self._remember(value, made)
         if isinstance(value, tuple):  # a named one
             return self._tuple(value)
         if hasattr(type(value), "__deepcopy__"):
@@ -216,13 +241,15 @@ class _Copier:
         try:
             return copy.deepcopy(value, self._memo)
         except RuntimeError:
-            for entry in vars(value).values():
+            for entry in parts_of(value):
                 self.copy(entry)
             return copy.deepcopy(value, self._memo)
 
     def _method(self, method: Any) -> Any:
         owner = method.__self__
         made = self.copy(owner)
+        if type(made) is NotCopied:
+            return self._remember(method, made)
         if isinstance(owner, nn.Module) and inner_name(owner) is not None:  # of a wrapper: it is not there any more
             return self._remember(method, getattr(made, method.__name__))
         if isinstance(method, types.MethodType):
@@ -233,9 +260,12 @@ class _Copier:
         compiled = vars(function).get("_torchdynamo_orig_callable")
         if compiled is not None:
             return self._remember(function, self.copy(compiled))
-        for name in globals_read(function.__code__):
-            if self._reaches(function.__globals__.get(name), lambda part: id(part) in self._own):
-                self._refuse(function, name)
+        for name, value in global_parts(function).items():
+            if self._search.leads(value):
+                got = f"reads the global name {name!r}, and that leads to the model"
+                if self._objects:
+                    return self._leave_out(function, got)
+                self._refuse(function.__qualname__, got)
         cells = function.__closure__ or ()
         made = types.FunctionType(
             function.__code__, function.__globals__, function.__name__, None, tuple(types.CellType() for _ in cells)
@@ -276,11 +306,13 @@ class _Copier:
         """An object of a class like ``collections.deque``, or derived from ``dict``, made as ``copy.deepcopy`` does."""
         try:
             make, given, state, entries, items = (*value.__reduce_ex__(4), None, None, None)[:5]
-        except TypeError:
-            if self._reaches(value, lambda part: id(part) in self._own):
-                self._refuse(value)
-            return value
-        made = self._remember(value, make(*[self.copy(each) for each in given]))
+        except Exception:
+            return self._leave_out(value, "cannot be made again") if self._search.leads(value) else value
+        arguments = [self.copy(each) for each in given]
+        try:
+            made = self._remember(value, make(*arguments))
+        except QuestionError:  # what was left out is used right now
+            return self._leave_out(value, "cannot be made again")
         for entry in entries or ():
             made.append(self.copy(entry))
         for key, entry in items or ():
@@ -294,32 +326,43 @@ class _Copier:
             if hasattr(value, name):
                 object.__setattr__(made, name, self.copy(getattr(value, name)))
 
-    def _refuse(self, value: Any, name: str | None = None) -> None:
-        what = getattr(value, "__qualname__", type(value).__name__)
-        how = "cannot be rebuilt around another model" if name is None else f"reads the global name {name!r}"
+    def _check_class(self, kind: type, where: str) -> None:
+        """Refuse a class whose ``forward`` reads this very model from outside of the module."""
+        if kind in self._classes:
+            return
+        self._classes.add(kind)
+        for function, name, value in outside_names(kind):
+            if self._search.leads(value):
+                self._where.append(where)
+                self._refuse(function, f"reads {name!r}, which is no attribute of the module and leads to the model")
+
+    def _leave_out(self, value: Any, why: str) -> Any:
+        what = getattr(value, "__qualname__", type(value).__qualname__)
+        return self._remember(value, NotCopied(self._where[-1] if self._where else "", f"{what}, which {why}"))
+
+    def _refuse(self, what: str, why: str) -> None:
         raise QuestionError(
             "the model cannot be copied: a part of it runs this very model, whatever copy it stands in",
             where=self._where[-1] if self._where else None,
             expected="functions that get the module as an argument, or hold it in a closure",
-            got=f"{what}, which {how}, and that leads to the model",
+            got=f"{what}, which {why}",
             remedy="write it as a method of a subclass, or bind it: model.forward = types.MethodType(function, model) "
             "with function(self, x); or open the run with a new model of the same architecture, left as it is made",
         )
 
-    # ------------------------------------------------------------------ what leads to the model
-    def _reaches(self, value: Any, found: Callable[[Any], bool] | None = None) -> bool:
-        """Whether a value leads to a part of the model: through functions and containers, and over a few objects.
+    # ------------------------------------------------------------------ what else leads to modules
+    def _reaches(self, value: Any) -> bool:
+        """Whether a value holds other modules, or graphs, over a few objects: these are not to be shared.
 
-        The objects that stand around the value already count: what lies further away is the program's, not a model's.
+        The objects that stand around the value already count: what lies further away is shared.
         """
-        found = self._is_part if found is None else found
         seen: set[int] = set()
         level = [value]
         for _ in range(_LEVELS + 1 - self._objects):
             following: list[Any] = []
             while level:
                 each = level.pop()
-                if found(each):
+                if self._is_part(each):
                     return True
                 if id(each) in seen or is_the_programs(each):
                     continue
@@ -329,8 +372,6 @@ class _Copier:
         return False
 
     def _is_part(self, value: Any) -> bool:
-        if id(value) in self._own:
-            return True
         if self._objects:  # other modules, and graphs, are those of the object
             return isinstance(value, nn.Module) and id(value) in self._memo
         if isinstance(value, Tensor):
@@ -353,11 +394,3 @@ _CONTAINERS: Mapping[type, Callable[[_Copier, Any], Any]] = {
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     """A module's own parameters and buffers."""
     yield from (t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
-
-
-def _cloned_generator(value: Any) -> Any:
-    if not isinstance(value, torch.Generator):
-        return copy.deepcopy(value)
-    made = torch.Generator(device=value.device)
-    made.set_state(value.get_state())
-    return made

@@ -22,69 +22,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-import explaind_core as explaind
 from explaind_core import errors
-from explaind_core.module_copy import plain_copy
-
-X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
-Y = torch.tensor([0, 1, 2, 0, 1])
-
-
-def alike(copied: nn.Module, model: nn.Module) -> None:
-    """Same structure, values and ties; nothing of the one is of the other."""
-    assert [(n, type(m)) for n, m in copied.named_modules(remove_duplicate=False)] == [
-        (n, type(m)) for n, m in model.named_modules(remove_duplicate=False)
-    ]
-    ours, theirs = copied.state_dict(keep_vars=True), model.state_dict(keep_vars=True)
-    assert list(ours) == list(theirs)
-    for name, tensor in ours.items():
-        assert torch.equal(tensor, theirs[name]), name
-        assert tensor.requires_grad == theirs[name].requires_grad, name
-        if tensor.numel():
-            assert tensor.data_ptr() != theirs[name].data_ptr(), name
-    tied = [[m is n for m in s.values() for n in s.values()] for s in (ours, theirs)]
-    assert tied[0] == tied[1]
-    assert not {id(m) for m in copied.modules()} & {id(m) for m in model.modules()}
-
-
-def state_of(model: nn.Module) -> Any:
-    """What a model is, to be compared before and after something that must not touch it."""
-    tensors = {n: (t, t.detach().clone(), t._version) for n, t in model.state_dict(keep_vars=True).items()}
-    attributes = {n: {k: v for k, v in vars(m).items() if k != "training"} for n, m in model.named_modules()}
-    sizes = {n: {k: len(v) for k, v in a.items() if isinstance(v, list | dict)} for n, a in attributes.items()}
-    return tensors, attributes, sizes, {n: m.training for n, m in model.named_modules()}
-
-
-def assert_untouched(before: Any, model: nn.Module) -> None:
-    after = state_of(model)
-    for name, (tensor, value, version) in before[0].items():
-        assert after[0][name][0] is tensor
-        assert after[0][name][2] == version
-        assert torch.equal(value, tensor)
-    for name, attributes in before[1].items():
-        assert attributes.keys() == after[1][name].keys()
-        assert all(after[1][name][key] is value for key, value in attributes.items()), name
-    assert before[2:] == after[2:]
-
-
-def independent(copied: nn.Module, model: nn.Module, *inputs: Any) -> None:
-    """The copy computes what the model does, from its own weights alone."""
-    with torch.no_grad():
-        before = model(*inputs)
-        assert torch.equal(copied(*inputs), before)
-        for parameter in copied.parameters():
-            parameter.mul_(2).add_(1)
-        assert not torch.equal(copied(*inputs), before)
-        assert torch.equal(model(*inputs), before)
-
-
-class Base(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(x)
+from explaind_core.copies import plain_copy
+from support.module_copies import Base, Data, X, alike, assert_untouched, independent, state_of
 
 
 # ------------------------------------------------------------------ models that copy.deepcopy copies
@@ -194,14 +134,6 @@ class Slotted:
 class Helper:
     def __init__(self, model: nn.Module) -> None:
         self.inner = {"model": model, "lock": threading.Lock()}
-
-
-class Data(torch.utils.data.Dataset):
-    def __init__(self) -> None:
-        self.rows = [torch.zeros(1000)] * 10
-
-    def __deepcopy__(self, _memo: Any) -> Data:
-        raise AssertionError("the data set is not to be copied")
 
 
 class Holding(Base):
@@ -396,78 +328,3 @@ def test_a_function_that_reads_the_model_by_a_global_name_is_refused():
     with pytest.raises(errors.QuestionError, match="'fc', _forward_hooks"):
         plain_copy(MODEL)
     handle.remove()
-
-
-# ------------------------------------------------------------------ runs of such models
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.f = nn.Linear(4, 4), nn.Linear(4, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.attention = (self.q(x) * x).softmax(-1)
-        return self.f(self.attention * x)
-
-
-class Tracing(Attention):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result = super().forward(x)
-        self.trace = {"scores": [self.attention, (self.attention.sum(),)], "n": len(x)}
-        self.cache = types.SimpleNamespace(value=result)
-        return result
-
-
-class Smoothed(Attention):
-    """A buffer that is written with its graph."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(4))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result = super().forward(x)
-        if self.training:
-            self.mean = 0.9 * self.mean.detach() + 0.1 * self.attention.mean(0)
-        return result
-
-
-class Guarded(Attention):
-    """What a run may hold on to: derivatives forbid to write to tensors that are no buffers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lock, self.logger, self.data = threading.Lock(), logging.getLogger("guarded"), Data()
-        self.bound, self.parts = self.q.forward, [self.q, {"f": self.f}]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with self.lock:
-            self.kept = self.bound(x) + self.parts[0](x)
-            return self.parts[1]["f"](self.kept.tanh())
-
-
-def recorded(path: Any, model: nn.Module, mode: str = "steps") -> explaind.Run:
-    loss = nn.CrossEntropyLoss()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with explaind.Recorder(path, model, optimizer, loss, mode=mode) as recorder:
-        for _ in range(2):
-            optimizer.zero_grad()
-            loss(model(X), Y).backward()
-            recorder.batch(X, Y, ids=torch.arange(5))
-            optimizer.step()
-    return explaind.open_run(path, model=model)
-
-
-@pytest.mark.parametrize("mode", ["steps", "parameters", "snapshots"])
-@pytest.mark.parametrize("make", [Attention, Tracing, Smoothed, Guarded])
-def test_runs_of_modules_that_keep_what_they_compute(tmp_path, make, mode):
-    torch.manual_seed(0)
-    model = make()
-    run = recorded(tmp_path / "run", model, mode)
-    before = state_of(model)
-    assert explaind.verify(run, X[:2], progress=False).agreement > 0.999
-    result = explaind.attribute(run, X[:2], keep=("step", "train", "test"), progress=False)
-    assert explaind.closure_error(result) < 1e-3
-    assert_untouched(before, model)
-    again = explaind.open_run(run.path, model=run.model)  # a copy of a copy that derivatives ran through
-    assert explaind.verify(again, X[:2], progress=False).agreement > 0.999
-    run.close()
