@@ -34,6 +34,7 @@ from explaind_core.copies.object_parts import (
     LRU_CACHE,
     TRANSPARENT,
     WEAK,
+    behind,
     cloned_generator,
     content,
     global_parts,
@@ -42,7 +43,7 @@ from explaind_core.copies.object_parts import (
     parts_of,
     slots,
 )
-from explaind_core.copies.search import Search
+from explaind_core.copies.search import Search, leads_over
 from explaind_core.errors import QuestionError
 from explaind_core.naming import inner_name, plain, wrapping
 
@@ -117,13 +118,13 @@ class _Copier:
         if id(value) in self._memo:
             return self._memo[id(value)]
         self._kept.append(value)
+        container = _CONTAINERS.get(type(value))
+        if container is not None:
+            return container(self, value)
         if isinstance(value, nn.Module):
             return self._module(value)
         if isinstance(value, Tensor):
             return self._tensor(value)
-        container = _CONTAINERS.get(type(value))
-        if container is not None:
-            return container(self, value)
         if isinstance(value, torch.Generator | random.Random | np.random.Generator | np.random.RandomState):
             return self._remember(value, cloned_generator(value))
         if type(value) is np.ndarray and value.dtype != object:
@@ -214,6 +215,10 @@ class _Copier:
         else:
             made.update({self.copy(key): self.copy(entry) for key, entry in value.items()})
         return made
+
+    def _proxy(self, value: Any) -> Any:
+        inside = behind(value)
+        return value if inside is None else self._remember(value, weakref.proxy(self.copy(inside)))
 
     # ------------------------------------------------------------------ functions and objects around the model
     def _around(self, value: Any) -> Any:
@@ -356,20 +361,7 @@ class _Copier:
 
         The objects that stand around the value already count: what lies further away is shared.
         """
-        seen: set[int] = set()
-        level = [value]
-        for _ in range(_LEVELS + 1 - self._objects):
-            following: list[Any] = []
-            while level:
-                each = level.pop()
-                if self._is_part(each):
-                    return True
-                if id(each) in seen or is_the_programs(each):
-                    continue
-                seen.add(id(each))
-                (level if isinstance(each, TRANSPARENT) else following).extend(parts_of(each))
-            level = following
-        return False
+        return leads_over(_LEVELS - self._objects, value, self._is_part)
 
     def _is_part(self, value: Any) -> bool:
         if self._objects:  # other modules, and graphs, are those of the object
@@ -388,6 +380,7 @@ _CONTAINERS: Mapping[type, Callable[[_Copier, Any], Any]] = {
     frozenset: _Copier._set,
     tuple: _Copier._tuple,
     **dict.fromkeys(WEAK, _Copier._weak),
+    **dict.fromkeys(weakref.ProxyTypes, _Copier._proxy),
 }
 
 

@@ -16,7 +16,7 @@ import threading
 import types
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ __all__ = [
     "LRU_CACHE",
     "TRANSPARENT",
     "WEAK",
+    "behind",
     "cloned_generator",
     "content",
     "global_parts",
@@ -47,7 +48,6 @@ ATOMS = (
     *(types.ModuleType, types.CodeType, np.dtype),
     *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
 )
-_ATOM_TYPES = frozenset((*ATOMS, NotCopied))
 LRU_CACHE = type(functools.lru_cache(len))
 WEAK = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet)
 #: What is no object of its own on the way to a part of the model.
@@ -57,32 +57,67 @@ TRANSPARENT = (
 )
 
 
-def parts_of(value: Any) -> Iterator[Any]:
+def parts_of(value: Any) -> list[Any]:
     """What a value holds.
 
     Args:
         value: any object.
 
-    Yields:
+    Returns:
         What its attributes, entries and cells are, one level deep; nothing that has no parts itself.
     """
-    return (part for part in _parts(value) if type(part) not in _ATOM_TYPES and not isinstance(part, ATOMS))
+    return [part for part in _parts(value) if not _WITHOUT_PARTS[type(part)]]
 
 
-def _parts(value: Any) -> Iterator[Any]:
+def _parts(value: Any) -> Iterable[Any]:
     if isinstance(value, types.FunctionType):
         contents = (content(cell) for cell in value.__closure__ or ())
-        yield from (found[0] for found in contents if found is not None)
-        yield from (value.__defaults__, value.__kwdefaults__, vars(value))
-        yield from global_parts(value).values()
-    elif isinstance(value, weakref.ReferenceType):
-        yield value()
-    elif isinstance(value, LRU_CACHE):
-        yield from (value.__wrapped__, vars(value))
-    elif isinstance(value, np.ndarray):
-        yield from value.flat if value.dtype.hasobject else ()
-    elif not isinstance(value, ATOMS):
-        yield from gc.get_referents(value)
+        inside = [found[0] for found in contents if found is not None]
+        return [*inside, value.__defaults__, value.__kwdefaults__, vars(value), *global_parts(value).values()]
+    if isinstance(value, weakref.ReferenceType):
+        return [value()]
+    if type(value) in weakref.ProxyTypes:
+        return [behind(value)]
+    if isinstance(value, LRU_CACHE):
+        return [value.__wrapped__, vars(value)]
+    if isinstance(value, np.ndarray):
+        return value.flat if value.dtype.hasobject else ()
+    return gc.get_referents(value)
+
+
+class _Kinds(dict[type, bool]):
+    """Which classes are derived from some others, looked up once each.
+
+    Args:
+        kinds: the others.
+    """
+
+    def __init__(self, *kinds: type) -> None:
+        super().__init__()
+        self._kinds = kinds
+
+    def __missing__(self, kind: type) -> bool:
+        self[kind] = issubclass(kind, self._kinds)
+        return self[kind]
+
+
+_WITHOUT_PARTS = _Kinds(*ATOMS, NotCopied)
+_THE_PROGRAMS = _Kinds(torch.optim.Optimizer, logging.Filterer, threading.Thread, Tensor)
+
+
+def behind(proxy: Any) -> Any:
+    """What a weak proxy stands for.
+
+    Args:
+        proxy: made by ``weakref.proxy``.
+
+    Returns:
+        The object; None where it is gone.
+    """
+    try:
+        return proxy.__repr__.__self__
+    except ReferenceError:
+        return None
 
 
 def global_parts(function: types.FunctionType) -> Mapping[str, Any]:
@@ -132,8 +167,9 @@ def is_the_programs(value: Any) -> bool:
     Args:
         value: any object.
     """
-    numbers = isinstance(value, np.ndarray) and not value.dtype.hasobject
-    return numbers or isinstance(value, torch.optim.Optimizer | logging.Filterer | threading.Thread | Tensor)
+    if issubclass(type(value), np.ndarray):
+        return not value.dtype.hasobject
+    return _THE_PROGRAMS[type(value)]
 
 
 def is_free(function: types.BuiltinFunctionType) -> bool:

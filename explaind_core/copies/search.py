@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 from typing import Any
 
-from explaind_core.copies.object_parts import is_the_programs, parts_of
+from explaind_core.copies.object_parts import TRANSPARENT, is_the_programs, parts_of
 
-__all__ = ["Search"]
+__all__ = ["Search", "leads_over"]
 
 
 class Search:
@@ -52,10 +52,39 @@ class Search:
             if known is False or is_the_programs(each):
                 continue
             for part in parts_of(each):
-                if id(part) not in came_from:
+                if id(part) not in came_from and (id(part) in self._targets or not is_the_programs(part)):
                     came_from[id(part)] = id(each)
                     pending.append(part)
                     seen.append(part)
         self._kept.extend(seen)
         self._known |= dict.fromkeys(came_from, False)
         return False
+
+
+def leads_over(objects: int, value: Any, found: Callable[[Any], bool]) -> bool:
+    """Whether a value leads to something over at most so many objects; functions and containers do not count.
+
+    Args:
+        objects: how many.
+        value: any object.
+        found: whether an object is what is looked for.
+
+    Example:
+        >>> leads_over(0, [("a", print)], callable), leads_over(0, [1, 2], callable)
+        (True, False)
+    """
+    seen: set[int] = set()
+    level = [value]
+    for _ in range(objects + 1):
+        following: list[Any] = []
+        while level:
+            each = level.pop()
+            if id(each) in seen:
+                continue
+            seen.add(id(each))
+            if found(each):
+                return True
+            if not is_the_programs(each):
+                (level if isinstance(each, TRANSPARENT) else following).extend(parts_of(each))
+        level = following
+    return False

@@ -56,7 +56,49 @@ class Scalars(nn.Module):
         return torch.tanh(self.slope * x[:, :2] + self.offset)
 
 
+class ReZero(nn.Module):
+    """Residual branches that are multiplied by numbers which begin at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
+        self.alphas = nn.ParameterList(nn.Parameter(torch.tensor(0.0)) for _ in range(2))
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block, alpha in zip(self.blocks, self.alphas, strict=True):
+            x = x + alpha * torch.tanh(block(x))
+        return self.head(x)
+
+
+class Tempered(nn.Module):
+    """Logits over a temperature, and a threshold that all classes share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.temperature = nn.Linear(3, 2), nn.Parameter(torch.tensor(1.5))
+        self.threshold = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.head(x) - self.threshold) / self.temperature
+
+
+class Weighed(nn.Module):
+    """What a learned weight of a loss makes of its outputs, and a number inside a normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.log_variance, self.norm = nn.Linear(3, 2), nn.Parameter(torch.tensor(0.0)), nn.PReLU()
+        self.power = nn.Parameter(torch.tensor(1.2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = self.norm(self.head(x))
+        size = (found.square().sum(-1, keepdim=True) + 1).pow(self.power / 2)
+        return found / size * (-self.log_variance).exp() + self.log_variance
+
+
 MODELS = {"scaled": Scaled, "gated": Gated, "scalars": Scalars}
+MORE = {"rezero": ReZero, "tempered": Tempered, "weighed": Weighed}
 #: Elementwise, several states, a flat rule, an operator over a tensor, another point, several optimizers.
 TRAINED = ["descent", "nesterov", "adamw", "lbfgs", "lion", "ademamix", "schedule-free", "sgd+adam", "inferred"]
 
@@ -68,7 +110,7 @@ def trained(name: str, optimizer: str = "adamw", micro: bool = False) -> explain
     if optimizer == "inferred":
         options["rule"] = explaind.InferredRule(momentum=0.8, decay="coupled", force=True)
     batches = MICRO if micro else BATCHES
-    return record_batches(MODELS[name]().double(), OPTIMIZERS[optimizer], X, Y, batches, **options)
+    return record_batches((MODELS | MORE)[name]().double(), OPTIMIZERS[optimizer], X, Y, batches, **options)
 
 
 @lru_cache
@@ -89,6 +131,13 @@ def test_all_axes_of_every_optimizer(name, optimizer):
     if (name, optimizer) == ("scalars", "sgd+adam"):
         pytest.skip("there are no matrices to train with the first of them")
     for keep in (AXES, ("train", "test", "output"), ("step", "gradient_step"), ("layer", "train", "test")):
+        compare(name, optimizer, keep)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "nesterov", "lbfgs"])
+@pytest.mark.parametrize("name", MORE)
+def test_numbers_in_other_places_of_a_model(name, optimizer):
+    for keep in (AXES, ("layer", "train", "test")):
         compare(name, optimizer, keep)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 import types
+import weakref
 from typing import Any
 
 import numpy as np
@@ -174,7 +175,18 @@ class Mapped(Base):
         return next(self.maps[0]) if x is X else self.maps[2](self.fc)
 
 
-@pytest.mark.parametrize("make", [Many, Array, Getting, Mapped])
+class Proxied(Base):
+    """A weak proxy, which says that it is what it stands for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weak = weakref.proxy(self.fc)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weak(x)
+
+
+@pytest.mark.parametrize("make", [Many, Array, Getting, Mapped, Proxied])
 def test_whatever_holds_a_layer_is_built_around_the_copy(make):
     model = make()
     copied = plain_copy(model)
@@ -285,8 +297,10 @@ def test_the_search_finds_whatever_gc_knows_of():
     cell = (lambda: target).__closure__[0]
     for holder in (
         [target], {1: target}, {target}, (target,), boxed(target, 50), lambda: target, functools.partial(print, target),
-        cell, iter([target]), map(print, [target]), (t for t in [target]), types.MappingProxyType({1: target}),
-        target.forward, functools.lru_cache(lambda: target), np.array([target, None]), types.MethodType(print, target),
+        cell, weakref.ref(target),
+        weakref.proxy(target), iter([target]), map(print, [target]), (t for t in [target]),
+        types.MappingProxyType({1: target}), target.forward, functools.lru_cache(lambda: target),
+        np.array([target, None]), types.MethodType(print, target),
     ):  # fmt: skip
         assert search.leads(holder), holder
         assert search.leads(holder), "asked again"

@@ -76,6 +76,21 @@ def train(path: Any, watched: nn.Module, called: nn.Module, mode: str = "steps",
             optimizer.step()
 
 
+def test_a_process_group_over_the_network(tmp_path):
+    """As torchrun makes it, of one process."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = torch.compile(DistributedDataParallel(network()), backend="eager")
+        train(tmp_path / "run", model, model)
+        run = explaind.open_run(tmp_path / "run", model=model)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert list(run.parameters) == NAMES
+    result = explaind.attribute(run, X[:2], keep=("train", "test"), progress=False)  # without the group
+    assert explaind.closure_error(result) < 1e-4
+
+
 @pytest.mark.parametrize("mode", ["steps", "parameters", "snapshots"])
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_the_wrapper_and_the_module_inside_are_one_model(tmp_path, name, mode, process_group):
