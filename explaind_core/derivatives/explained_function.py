@@ -108,7 +108,7 @@ class ExplainedFunction:
         self.vectorized = True
         #: The same for backward passes, sample by sample and output by output.
         self.rows_vectorized = True
-        # torch's rule for PReLU's slope mixes up samples and outputs, vmap inside vmap, where there are as many of both.
+        # torch's rule for PReLU's slope mixes up samples and outputs, vmap inside vmap, where they are as many.
         self.outputs_vectorized = not any(isinstance(module, nn.PReLU) for module in model.modules())
         #: Test samples that one backward pass takes together.
         self.rows_together: int | None = 64
