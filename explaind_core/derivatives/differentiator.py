@@ -45,6 +45,7 @@ class Differentiator:
         error: what is raised where no way works.
 
     Example:
+        >>> from torch import nn
         >>> from torch.func import functional_call
         >>> model = nn.Linear(2, 1, bias=False).double().requires_grad_(False)
         >>> x, weight = torch.tensor([[3.0, 4.0]]).double(), model.weight
@@ -69,6 +70,10 @@ class Differentiator:
     def way(self) -> str:
         """The dearest way that was taken so far, the cheapest where none was: one of the three names above."""
         return max(self._used, key=WAYS.index, default=VECTORISED)
+
+    def begin(self) -> None:
+        """Forget which ways were taken, but not which ones were refused."""
+        self._used.clear()
 
     def refuse(self, way: str, why: str) -> None:
         """Take a way no more.
@@ -105,14 +110,19 @@ class Differentiator:
             return tuple(torch.stack(found) for found in zip(*each, strict=True))
 
         return self._first("push", function, {
-            VECTORISED: (lambda: vmap(along)(dict(tangents))) if count > 1 else None,
+            VECTORISED: (lambda: vmap(along, randomness="same")(dict(tangents))) if count > 1 else None,
             ONE_BY_ONE: one_by_one,
             AUTOGRAD: lambda: self.autograd.push(function, point, tangents),
         })  # fmt: skip
 
     # ------------------------------------------------------------------ backwards
     def pull(
-        self, function: Differentiable, point: Parameters, cotangents: tuple[Tensor, ...] | None = None
+        self,
+        function: Differentiable,
+        point: Parameters,
+        cotangents: tuple[Tensor, ...] | None = None,
+        *,
+        together: int | None = None,
     ) -> dict[str, Tensor]:
         """``c_r^T Df(point)`` for R cotangents: parameter name -> ``[R, *shape]``.
 
@@ -121,14 +131,15 @@ class Differentiator:
             point: the parameters that it is differentiated by.
             cotangents: ``[R, ...]`` for every tensor of the values; one for every entry of them by default, where
                 these are one tensor ``[J]``.
+            together: so many cotangents at a time, all by default.
 
         Raises:
             ExplaindError: no way works.
         """
         return self._first("pull", function, {
-            VECTORISED: lambda: _pulled(function, point, cotangents, vectorised=True),
+            VECTORISED: lambda: _pulled(function, point, cotangents, vectorised=True, together=together),
             ONE_BY_ONE: lambda: _pulled(function, point, cotangents, vectorised=False),
-            AUTOGRAD: lambda: self.autograd.pull(function, point, cotangents),
+            AUTOGRAD: lambda: self.autograd.pull(function, point, cotangents, together=together),
         })  # fmt: skip
 
     def pull_each(
@@ -225,7 +236,12 @@ class Differentiator:
 
 
 def _pulled(
-    function: Differentiable, point: Parameters, cotangents: tuple[Tensor, ...] | None, *, vectorised: bool
+    function: Differentiable,
+    point: Parameters,
+    cotangents: tuple[Tensor, ...] | None,
+    *,
+    vectorised: bool,
+    together: int | None = None,
 ) -> dict[str, Tensor]:
     result: tuple[Tensor, ...]
     result, pull = vjp(function.values, dict(point))  # type: ignore[misc]  # (three with has_aux)
@@ -235,7 +251,7 @@ def _pulled(
         found: dict[str, Tensor] = pull(tuple(c[0] for c in given))[0]
         return {n: g.unsqueeze(0) for n, g in found.items()}
     if vectorised:
-        return dict(vmap(lambda *c: pull(c)[0])(*given))
+        return dict(vmap(lambda *c: pull(c)[0], chunk_size=together)(*given))
     each = [pull(tuple(c[r] for c in given))[0] for r in range(count)]
     return {n: torch.stack([e[n] for e in each]) for n in point}
 

@@ -63,7 +63,12 @@ class OrdinaryAutograd:
         return self._run(function, point, work)
 
     def pull(
-        self, function: Differentiable, point: Parameters, cotangents: tuple[Tensor, ...] | None = None
+        self,
+        function: Differentiable,
+        point: Parameters,
+        cotangents: tuple[Tensor, ...] | None = None,
+        *,
+        together: int | None = None,
     ) -> dict[str, Tensor]:
         """``c_r^T Df(point)`` for R cotangents: parameter name -> ``[R, *shape]``.
 
@@ -72,10 +77,15 @@ class OrdinaryAutograd:
             point: the parameters that it is differentiated by.
             cotangents: ``[R, ...]`` for every tensor of the values; one for every entry of them by default, where
                 these are one tensor ``[J]``.
+            together: so many cotangents at a time, all by default.
         """
 
         def work(values: tuple[Tensor, ...], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-            return self._pulled(values, leaves, every_entry(values) if cotangents is None else cotangents)
+            given = every_entry(values) if cotangents is None else cotangents
+            size = len(given[0]) if together is None else together
+            blocks = [slice(start, start + size) for start in range(0, len(given[0]), size)]
+            parts = [self._pulled(values, leaves, tuple(c[block] for c in given)) for block in blocks]
+            return {n: torch.cat([part[n] for part in parts]) for n in leaves}
 
         return self._run(function, point, work)
 
