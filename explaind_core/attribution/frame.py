@@ -83,6 +83,7 @@ class Frame:
         if not self.question.run.closed_by_secant:
             del counts["correction"]
         attributes = self.attributes() | findings.attributes()
+        attributes["derivatives"] = self.question.function.differentiator.way
         if keeps_step:
             kept = {name: COUNTS[name].array(values) for name, values in counts.items() if COUNTS[name].along_step}
             variables |= {name: ("step", values) for name, values in kept.items()}
@@ -165,6 +166,10 @@ class Frame:
             "nodes_asked": str(quadrature.nodes),
             "tolerance": quadrature.tolerance if quadrature.adaptive else float("nan"),
         }
+        if question.function.together:
+            found["test_samples_together"] = "test samples are coupled: all that were given pass the model together"
+        if question.function.random_state is not None:
+            found["random_state"] = question.function.random_state
         if question.chords > 1:
             found["chords"] = question.chords
             found["approximation"] = f"{question.chords} steps share one straight line; exact for their sum only"

@@ -126,6 +126,7 @@ def verify(
     max_nodes: int = 32,
     output: Any = None,
     memory: str | int = "4GiB",
+    random_state: int | None = None,
     progress: bool = True,
 ) -> Verification:
     """Rebuild predictions from ``f(theta_0)`` and the declared updates alone, and compare (paper, section 3.1).
@@ -141,6 +142,7 @@ def verify(
         max_nodes: adaptive only, see there.
         output: what is rebuilt, the model's outputs by default.
         memory: the most that the result, and what is held to compute it, may take.
+        random_state: the seed of a model that draws random numbers in evaluation mode, see there.
         progress: show a bar with the remaining time.
 
     Example:
@@ -151,7 +153,7 @@ def verify(
     """
     result = attribute(
         run, inputs, keep=("step", "test", "output"), output=output, nodes=nodes, tolerance=tolerance,
-        max_nodes=max_nodes, memory=memory, progress=progress,
+        max_nodes=max_nodes, memory=memory, random_state=random_state, progress=progress,
         max_update_error=math.inf,  # it is told, and not refused
     )  # fmt: skip
     return from_result(run, result)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from explaind_core.checkpoints.state_dicts import Checkpoints, StateDict
 from explaind_core.copies import plain_copy, without_backward_hooks
 from explaind_core.decomposition import StepDecomposition, UpdateSplit
-from explaind_core.derivatives import ExplainedFunction, FunctionAtStep, Quadrature, as_output
+from explaind_core.derivatives import ExplainedFunction, FunctionAtStep, Quadrature, as_output, examine
 from explaind_core.errors import NonFiniteError, QuestionError
 from explaind_core.naming import plain_name
 from explaind_core.progress import track
@@ -111,6 +111,7 @@ def attribute_checkpoints(
         resolved = (_complement(rest, points.parameters),)
     explained = ExplainedFunction(model.requires_grad_(False), points.buffers, inputs, as_output(output, loss))
     function = explained.at()
+    examine(function, points.theta(0), function, points.theta(-1))
     edges = [_values(function, points.theta(index), points.labels[index]) for index in (0, -1)]
     frame = _Frame(kept, [layer.name for layer in resolved], edges[0], edges[1])
     bound = quadrature.tolerance * float((frame.final - frame.initial).abs().max())
@@ -129,6 +130,9 @@ def attribute_checkpoints(
         "nodes_asked": str(quadrature.nodes),
         "tolerance": quadrature.tolerance if quadrature.adaptive else float("nan"),
     }
+    if explained.together:
+        attributes["test_samples_together"] = "test samples are coupled: all that were given pass the model together"
+    attributes["derivatives"] = explained.differentiator.way
     return frame.collect(points.labels, attributes)
 
 

@@ -5,6 +5,7 @@ It may import training_step and rules, and what these may import.
 
 from __future__ import annotations
 
+from explaind_core.derivatives.examination import examine
 from explaind_core.derivatives.explained_function import ExplainedFunction, FunctionAtStep
 from explaind_core.derivatives.factored_gradients import slices
 from explaind_core.derivatives.outputs import (
@@ -34,5 +35,6 @@ __all__ = [
     "SampleGradients",
     "as_output",
     "climb",
+    "examine",
     "slices",
 ]

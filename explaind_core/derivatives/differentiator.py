@@ -64,6 +64,7 @@ class Differentiator:
         #: Kind of derivative -> way -> why it was refused.
         self._refused: dict[str, dict[str, str]] = {"push": {}, "pull": {}, "each": {}}
         self._barred: dict[str, str] = {}
+        self._cut: str | None = None
         self._used: set[str] = set()
 
     @property
@@ -84,6 +85,22 @@ class Differentiator:
         """
         self._used.discard(way)
         self._barred.setdefault(way, why)
+
+    def refuse_nested(self, why: str) -> None:
+        """Vectorise over samples or over cotangents, but not over both.
+
+        Args:
+            why: for the error, should no other way work.
+        """
+        self._refused["each"][VECTORISED] = why
+
+    def refuse_backward(self, why: str) -> None:
+        """Take no backward passes: they miss something.
+
+        Args:
+            why: for the error, should one be asked for.
+        """
+        self._cut = why
 
     # ------------------------------------------------------------------ forwards
     def push(self, function: Differentiable, point: Parameters, tangents: Parameters) -> tuple[Tensor, ...]:
@@ -201,6 +218,8 @@ class Differentiator:
     def _first(self, kind: str, function: Differentiable, ways: Mapping[str, Callable[[], Found] | None]) -> Found:
         """What the first way gives that is not refused."""
         refused = self._refused[kind]
+        if self._cut is not None and kind != "push":
+            raise self._cut_off(function, self._cut)
         failures: dict[str, str] = {**self._barred, **refused}
         last: Exception | None = None
         for way, attempt in ways.items():
@@ -219,6 +238,16 @@ class Differentiator:
             self._used.add(known)
             return found
         raise self._none_works(function, failures, last) from last
+
+    def _cut_off(self, function: Differentiable, why: str) -> ExplaindError:
+        return self._error(
+            f"backward passes do not reach all that {self.what} depends on",
+            where=f"the model ({type(function.model).__name__})",
+            expected="the same derivative forwards and backwards",
+            got=why,
+            remedy="let the model take gradients where it is evaluated (no torch.no_grad or inference_mode in its "
+            "forward); or say strategy='forward', where the question allows it",
+        )
 
     def _none_works(
         self, function: Differentiable, failures: Mapping[str, str], last: Exception | None

@@ -7,24 +7,29 @@ phi_s(x) = integral_0^1 df/dtheta(theta_{s-1} + t Delta_s; x) dt  is never forme
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp, vmap
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from explaind_core import trees
+from explaind_core.derivatives.differentiable import Differentiable, Parameters
+from explaind_core.derivatives.differentiator import Differentiator
+from explaind_core.derivatives.global_random_state import undisturbed
+from explaind_core.derivatives.module_attributes import ModuleAttributes
 from explaind_core.derivatives.outputs import Output, Rows, flat_rows
 from explaind_core.errors import ExplaindError, QuestionError
 from explaind_core.training_step import run_model
 
 __all__ = ["ExplainedFunction", "FunctionAtStep", "differentiable_kernels"]
 
-Parameters = Mapping[str, Tensor]
+#: Test samples that one backward pass takes together where each is differentiated alone.
+_ROWS_TOGETHER = 64
 
 
 @contextmanager
@@ -52,7 +57,8 @@ class ExplainedFunction:
 
     What depends on a step are the buffers: they are held, at their values after the last step or, where these moved in
     training, at those after the step that is asked for. :meth:`at` gives f at a step, which has values and derivatives.
-    The model runs in evaluation mode. Test samples are worked off in chunks that fit the processor's cache.
+    The model runs in evaluation mode. Test samples are worked off in chunks that fit the processor's cache, unless they
+    are coupled: then all that were given pass the model together, whichever are asked for.
 
     Args:
         model: the architecture, used through ``functional_call`` only.
@@ -62,6 +68,14 @@ class ExplainedFunction:
         chunk: samples at a time.
         rows: which of the given samples are explained, all by default.
         buffers_at: its buffers after a step, where they moved.
+        random_state: the seed that every evaluation of a random f begins with; samples then share their draws, and go
+            together.
+
+    Attributes:
+        differentiator: takes its derivatives.
+        together: whether the test samples are coupled.
+        habits: what an evaluation must be guarded against.
+        examined: whether both were found out, see :func:`explaind_core.derivatives.examine`.
 
     Raises:
         QuestionError: the inputs have no samples, or the output does not fit them.
@@ -77,8 +91,9 @@ class ExplainedFunction:
         chunk: int = 500,
         rows: Sequence[int] | None = None,
         buffers_at: Callable[[int], Parameters] | None = None,
+        random_state: int | None = None,
     ) -> None:
-        self.model, self.output = model, output
+        self.model, self.output, self.random_state = model, output, random_state
         self._buffers_at = buffers_at
         #: Step -> buffers, of the two steps whose were read last: those at the ends of a segment.
         self._moved: dict[int, dict[str, Tensor]] = {}
@@ -100,18 +115,19 @@ class ExplainedFunction:
         #: Which of the given samples are explained, in order.
         self.rows = torch.arange(given) if rows is None else torch.tensor(rows, dtype=torch.int64)
         self.all_rows = rows is None
-        self.samples, self.chunk = len(self.rows), chunk
-        self.chunks = self.pieces(slice(0, self.samples))
+        self.samples, self.given, self.chunk = len(self.rows), given, chunk
+        self.together, self.habits = random_state is not None, Habits()
+        self.examined = False
         #: J, once the function was evaluated.
         self.outputs = 1
-        #: False once vmap could not vectorise this model; its derivatives are then taken one by one.
-        self.vectorized = True
-        #: The same for backward passes, sample by sample and output by output.
-        self.rows_vectorized = True
-        # torch's rule for PReLU's slope mixes up samples and outputs, vmap inside vmap, where they are as many.
-        self.outputs_vectorized = not any(isinstance(module, nn.PReLU) for module in model.modules())
-        #: Test samples that one backward pass takes together.
-        self.rows_together: int | None = 64
+        self.differentiator = Differentiator("the explained function")
+        if any(isinstance(module, nn.PReLU) for module in model.modules()):
+            self.differentiator.refuse_nested("torch's rule for PReLU's slope mixes samples and outputs up")
+
+    @property
+    def chunks(self) -> list[slice]:
+        """All test samples asked for, in pieces that pass the model together."""
+        return self.pieces(slice(0, self.samples))
 
     @property
     def moves(self) -> bool:
@@ -136,7 +152,9 @@ class ExplainedFunction:
         return {n: t.to(self.device) for n, t in tensors.items()}
 
     def pieces(self, block: slice) -> list[slice]:
-        """A block of test samples, cut into chunks that fit the processor's cache."""
+        """A block of test samples, cut into chunks that fit the processor's cache; whole where samples are coupled."""
+        if self.together:
+            return [block]
         return [slice(a, min(a + self.chunk, block.stop)) for a in range(block.start, block.stop, self.chunk)]
 
     @contextmanager
@@ -148,6 +166,36 @@ class ExplainedFunction:
             yield
         finally:
             torch.backends.mkldnn.enabled = enabled
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """An evaluation that finds, and leaves, everything but parameters and buffers as every other one does."""
+        with ExitStack() as stack:
+            stack.enter_context(self.kernels())
+            if self.habits.draws or self.random_state is not None:
+                stack.enter_context(undisturbed(self.device, self.random_state))
+            if self.habits.needs_gradients:
+                stack.enter_context(torch.enable_grad())
+            if self.habits.keeps:
+                stack.callback(ModuleAttributes(self.model).restore)
+            yield
+
+
+@dataclass
+class Habits:
+    """What evaluations of f do beside returning values, as :func:`explaind_core.derivatives.examine` found.
+
+    Attributes:
+        draws: they draw from global random generators.
+        keeps: they leave attributes of modules changed.
+        writes: they write into buffers.
+        needs_gradients: they take gradients themselves.
+    """
+
+    draws: bool = field(default=False)
+    keeps: bool = field(default=False)
+    writes: bool = field(default=False)
+    needs_gradients: bool = field(default=False)
 
 
 @dataclass(frozen=True)
@@ -181,18 +229,47 @@ class FunctionAtStep:
         """J, once the function was evaluated."""
         return self.function.outputs
 
-    def _evaluate(self, theta: Parameters, block: slice) -> Tensor:
-        rows = block if self.function.all_rows else self.function.rows[block].to(self.function.device)
+    def block_values(self, theta: Parameters, block: slice) -> Tensor:
+        """``[b, J]`` of a block of test samples; where samples are coupled, all that were given pass the model.
+
+        Args:
+            theta: the parameters, on the model's device.
+            block: which test samples.
+        """
+        function = self.function
+        if function.together:
+            every = self._evaluate_rows(theta, slice(0, function.given), function.given)
+            whole = function.all_rows and block == slice(0, function.given)
+            return every if whole else every[function.rows[block].to(every.device)]
+        rows = block if function.all_rows else function.rows[block].to(function.device)
         return self._evaluate_rows(theta, rows, block.stop - block.start)
 
     def _evaluate_rows(self, theta: Parameters, rows: Rows, count: int) -> Tensor:
-        def call(inputs: Any) -> Any:
-            with self.function.kernels():
-                state = {**theta, **self.buffers}
-                return run_model(lambda *a, **k: functional_call(self.function.model, state, a, k), inputs)
+        function, buffers = self.function, self.buffers
+        if function.habits.writes:
+            buffers = {n: t.clone() for n, t in buffers.items()}
+        state = {**theta, **buffers}
 
-        chunk = trees.map_tensors(lambda t: t[rows], self.function.inputs)
-        return flat_rows(self.function.output.values(self.function.model, call, chunk, rows), count)
+        def call(inputs: Any) -> Any:
+            return run_model(lambda *a, **k: functional_call(function.model, state, a, k), inputs)
+
+        chunk = trees.map_tensors(lambda t: t[rows], function.inputs)
+        with function.evaluating():
+            return flat_rows(function.output.values(function.model, call, chunk, rows), count)
+
+    def of_parameters(self, theta: Parameters, values: Callable[..., Tensor]) -> Differentiable:
+        """A function of some parameters, and perhaps of a row, for the differentiator.
+
+        Args:
+            theta: all parameters, on the model's device.
+            values: what it is of all of them.
+        """
+        return Differentiable(
+            self.function.model,
+            {**theta, **self.buffers},
+            lambda parameters, *row: (values({**theta, **parameters}, *row),),
+            around=self.function.kernels,
+        )
 
     def values(self, theta: Parameters, block: slice | None = None) -> Tensor:
         """``f(theta)``: ``[n, J]`` in float64.
@@ -204,7 +281,7 @@ class FunctionAtStep:
         theta = self.function.on_device(theta)
         pieces = self.function.chunks if block is None else self.function.pieces(block)
         with differentiable_kernels():
-            values = torch.cat([self._evaluate(theta, rows).double().cpu() for rows in pieces])
+            values = torch.cat([self.block_values(theta, rows).detach().double().cpu() for rows in pieces])
         self.function.outputs = values.shape[1]
         return values
 
@@ -215,11 +292,21 @@ class FunctionAtStep:
             theta: the parameters.
         """
         try:
-            with differentiable_kernels():
-                self.function.outputs = self._evaluate(self.function.on_device(theta), slice(0, 1)).shape[1]
+            with differentiable_kernels(), torch.no_grad():
+                self.function.outputs = self.alone(self.function.on_device(theta), slice(0, 1)).shape[1]
         except ExplaindError:  # as it is said of all samples
             self.values(theta)
         return self.function.outputs
+
+    def alone(self, theta: Parameters, rows: Rows) -> Tensor:
+        """``f(theta)`` of some of the samples that were given, passed through the model without the others.
+
+        Args:
+            theta: the parameters, on the model's device.
+            rows: which of them.
+        """
+        count = len(range(*rows.indices(self.function.given))) if isinstance(rows, slice) else len(rows)
+        return self._evaluate_rows(theta, rows if isinstance(rows, slice) else rows.to(self.function.device), count)
 
     def derivatives(self, theta: Parameters, tangents: Sequence[Parameters], block: slice | None = None) -> Tensor:
         """``Df(theta)[v]`` for tangents v over a few parameters, the others held constant.
@@ -242,23 +329,11 @@ class FunctionAtStep:
                 stacked[n][index] = t
         with differentiable_kernels():
             pieces = self.function.chunks if block is None else self.function.pieces(block)
-            return torch.cat([self._chunk(theta, point, stacked, rows).double().cpu() for rows in pieces], dim=1)
+            return torch.cat([self._pushed(theta, point, stacked, rows).double().cpu() for rows in pieces], dim=1)
 
-    def _chunk(self, theta: Parameters, point: Parameters, stacked: Parameters, rows: slice) -> Tensor:
-        def along(tangent: Parameters) -> Tensor:
-            derivative: Tensor = jvp(lambda p: self._evaluate({**theta, **p}, rows), (point,), (tangent,))[1]
-            return derivative
-
-        count = len(next(iter(stacked.values())))
-        if self.function.vectorized and count > 1:
-            try:
-                vectorised: Tensor = vmap(along)(stacked)
-                return vectorised
-            except RuntimeError:
-                # Some models cannot run under vmap (data-dependent control flow, operators without a
-                # batching rule). One by one gives the same numbers; a real error shows up there again.
-                self.function.vectorized = False
-        return torch.stack([along({n: t[i].clone() for n, t in stacked.items()}) for i in range(count)])
+    def _pushed(self, theta: Parameters, point: Parameters, tangents: Parameters, rows: slice) -> Tensor:
+        function = self.of_parameters(theta, lambda p: self.block_values(p, rows))
+        return self.function.differentiator.push(function, point, tangents)[0]
 
     # ------------------------------------------------------------------ reverse mode
     def jacobian(
@@ -292,51 +367,42 @@ class FunctionAtStep:
                     self._pulled_sum(theta, point, piece, sum_outputs, columns) for piece in self.function.pieces(block)
                 ]
                 return {n: sum((other[n] for other in others), first[n]) for n in names}
+            if self.function.together:
+                return self._pulled_together(theta, point, block, sum_outputs, columns)
             return self._pulled_rows(theta, point, block, sum_outputs, columns)
 
     def _pulled_sum(
         self, theta: Parameters, point: Parameters, piece: slice, sum_outputs: bool, columns: slice
     ) -> dict[str, Tensor]:
         def summed(p: Parameters) -> Tensor:
-            values = self._evaluate({**theta, **p}, piece).sum(0)
+            values = self.block_values(p, piece).sum(0)
             return values.sum(0, keepdim=True) if sum_outputs else values[columns]
 
-        return {n: g.unsqueeze(0) for n, g in self._pull(summed, point).items()}
+        found = self.function.differentiator.pull(self.of_parameters(theta, summed), point)
+        return {n: g.unsqueeze(0) for n, g in found.items()}
 
     def _pulled_rows(
         self, theta: Parameters, point: Parameters, block: slice, sum_outputs: bool, columns: slice
     ) -> dict[str, Tensor]:
-        def one(row: Tensor) -> dict[str, Tensor]:
-            def values(p: Parameters) -> Tensor:
-                found = self._evaluate_rows({**theta, **p}, row.reshape(1), 1)[0]
-                return found.sum(0, keepdim=True) if sum_outputs else found[columns]
-
-            return self._pull(values, point)
+        def one(p: Parameters, row: Tensor) -> Tensor:
+            found = self._evaluate_rows(p, row.reshape(1), 1)[0]
+            return found.sum(0, keepdim=True) if sum_outputs else found[columns]
 
         rows = self.function.rows[block].to(self.function.device)
-        if self.function.rows_vectorized:
-            try:
-                # vmap cuts the samples itself: all of their activations and derivatives need not fit at once.
-                found: dict[str, Tensor] = vmap(one, chunk_size=self.function.rows_together)(rows)
-                return found
-            except RuntimeError:
-                self.function.rows_vectorized = False
-        each = [one(row) for row in rows]
-        return {n: torch.stack([e[n] for e in each]) for n in point}
+        function = self.of_parameters(theta, one)
+        return self.function.differentiator.pull_each(function, point, rows, together=_ROWS_TOGETHER)
 
-    def _pull(self, values: Callable[[Parameters], Tensor], point: Parameters) -> dict[str, Tensor]:
-        """One backward pass per output: ``[J, *shape]``."""
-        result: Tensor
-        result, pull = vjp(values, dict(point))  # type: ignore[misc]  # (three with has_aux)
-        if len(result) == 1:
-            found: dict[str, Tensor] = pull(torch.ones_like(result))[0]
-            return {n: g.unsqueeze(0) for n, g in found.items()}
-        basis = torch.eye(len(result), dtype=result.dtype, device=result.device)
-        if self.function.outputs_vectorized:
-            try:
-                every: dict[str, Tensor] = vmap(lambda c: pull(c)[0])(basis)
-                return every
-            except RuntimeError:
-                self.function.outputs_vectorized = False
-        each = [pull(row)[0] for row in basis]
-        return {n: torch.stack([e[n] for e in each]) for n in point}
+    def _pulled_together(
+        self, theta: Parameters, point: Parameters, block: slice, sum_outputs: bool, columns: slice
+    ) -> dict[str, Tensor]:
+        """Every entry of the values of a block, pulled back through all test samples."""
+
+        def entries(p: Parameters) -> Tensor:
+            found = self.block_values(p, block)
+            return (found.sum(1) if sum_outputs else found[:, columns]).reshape(-1)
+
+        outputs = 1 if sum_outputs else len(range(*columns.indices(self.function.outputs)))
+        # As many activations at a time as where samples are differentiated one by one.
+        size = max(1, _ROWS_TOGETHER * outputs // self.function.given)
+        found = self.function.differentiator.pull(self.of_parameters(theta, entries), point, together=size)
+        return {n: g.reshape(block.stop - block.start, -1, *g.shape[1:]) for n, g in found.items()}

@@ -95,7 +95,12 @@ class CommonArguments(TypedDict, total=False):
         "the most that the result, and what is held to compute it, may take."
     ))]  # fmt: skip
     chunk: Annotated[int, Argument(500, (
-        "test samples that pass through the model together: as many as the processor's cache is good for."
+        "test samples that pass through the model together: as many as the processor's cache is good for. Samples that "
+        "are coupled in evaluation all do."
+    ))]  # fmt: skip
+    random_state: Annotated[int | None, Argument(None, (
+        "a seed that every evaluation of a model begins with that draws random numbers in evaluation mode, too; "
+        "without one, such a model is refused."
     ))]  # fmt: skip
 
 

@@ -118,7 +118,7 @@ class Question:
         split, samples = "train" in kept or given["train"] is not None, _samples(inputs)
         function = ExplainedFunction(
             run.model, run.buffers(), inputs, as_output(given["output"], run.loss), chunk=given["chunk"],
-            rows=resolve_test(given["test"], samples),
+            random_state=given["random_state"], rows=resolve_test(given["test"], samples),
             buffers_at=run.buffers if given["buffers"] == "recorded" and run.moving_buffers else None,
         )  # fmt: skip
         entries = _train_entries(run, given["train"], asked) if split else None
@@ -234,6 +234,15 @@ def _check_choices(given: QuestionArguments) -> None:
     limit = given["max_update_error"]
     if limit is not None and not limit >= 0:
         raise QuestionError("there is no such error", where="max_update_error", expected="a number >= 0", got=limit)
+    seed = given["random_state"]
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63):
+        raise QuestionError(
+            "random_state is no seed",
+            where="random_state",
+            expected="a whole number from 0 to 2**63 - 1, or None",
+            got=seed,
+            remedy="say random_state=0",
+        )
     for name, what in (("chords", "chords is no number of steps"), ("chunk", "chunk is no number of samples")):
         value = cast("dict[str, Any]", given)[name]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

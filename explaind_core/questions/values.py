@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from explaind_core.derivatives import examine
 from explaind_core.errors import NonFiniteError
 from explaind_core.questions.question import Question
 
@@ -57,10 +58,10 @@ class Ends:
 
     @classmethod
     def of(cls, question: Question) -> Ends:
-        """Evaluate it there."""
+        """Evaluate it there, once it is known to be a function, and whether its samples are coupled."""
         run, function = question.run, question.function
-        values = [function.at(s).values(run.theta(s)) for s in (question.steps[0] - 1, question.steps[-1])]
-        return cls(*values)
+        first, last = question.steps[0] - 1, question.steps[-1]
+        return cls(*examine(function.at(first), run.theta(first), function.at(last), run.theta(last)))
 
     @property
     def outputs(self) -> int:

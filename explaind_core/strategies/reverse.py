@@ -20,7 +20,7 @@ from explaind_core.questions import Places, Question, WindowSum, reduced
 from explaind_core.strategies.entry_features import EntryFeatures
 from explaind_core.strategies.gram_products import gram_products
 from explaind_core.strategies.probe import PROBED, Probe, timed
-from explaind_core.strategies.stepwise import Stepwise, WalkedSegment, few_outputs
+from explaind_core.strategies.stepwise import Stepwise, WalkedSegment, few_outputs, passes_together
 from explaind_core.strategies.strategy import Choice, run_bytes
 from explaind_core.tensors import flattened
 
@@ -210,7 +210,7 @@ class Reverse(Stepwise):
         """Three forward passes for every output."""
         if not question.keeps("parameter") and not few_outputs(question, outputs):
             return None
-        return 3 * (outputs if question.keeps("output") else 1)
+        return 3 * (outputs if question.keeps("output") else 1) * passes_together(question)
 
     def node_seconds(self, probe: Probe) -> float:
         """The products of some test samples, and as many times that as there are more."""

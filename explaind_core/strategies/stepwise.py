@@ -26,7 +26,7 @@ from explaind_core.strategies.entry_features import EntryFeatures, horizon
 from explaind_core.strategies.probe import Estimate, Probe, first_needed, timed
 from explaind_core.strategies.strategy import Choice, Strategy
 
-__all__ = ["Stepwise", "WalkedSegment", "covered", "few_outputs", "gradient_work", "joined"]
+__all__ = ["Stepwise", "WalkedSegment", "covered", "few_outputs", "gradient_work", "joined", "passes_together"]
 
 Features = Mapping[str, Tensor]
 
@@ -236,7 +236,12 @@ def _finished(total: WindowSum, entries: EntryFeatures | None) -> Contribution:
 def few_outputs(question: Question, outputs: int) -> bool:
     """Whether backward passes (3 forwards each) are fewer than forward-mode derivatives (2 and more each)."""
     kept = outputs if question.keeps("output") else 1
-    return 3 * kept < 2 * 2 * len(question.layers)
+    return 3 * kept * passes_together(question) < 2 * 2 * len(question.layers)
+
+
+def passes_together(question: Question) -> int:
+    """How many samples a backward pass of one test sample goes through: all that are coupled with it."""
+    return question.function.given if question.function.together and question.keeps("test") else 1
 
 
 def covered(question: Question) -> int:
