@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from explaind_core.derivatives.differentiable import Parameters
-from explaind_core.derivatives.explained_function import FunctionAtStep, differentiable_kernels
+from explaind_core.derivatives.differentiable import Parameters, too_little_memory
+from explaind_core.derivatives.explained_function import ExplainedFunction, FunctionAtStep, differentiable_kernels
 from explaind_core.tensors import tolerance
 
-__all__ = ["coupled"]
+__all__ = ["coupled", "takes_statistics"]
 
 #: How much a value may differ, of the largest one, where matrices of other sizes are multiplied.
 _ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -35,14 +35,21 @@ def coupled(first: FunctionAtStep, theta_first: Parameters, last: FunctionAtStep
     function = first.function
     if function.given < 2:
         return False
-    if any(isinstance(module, _BatchNorm) and module.running_mean is None for module in function.model.modules()):
-        return True
     for at, theta in ((first, theta_first), (last, theta_last)):
         here = at.on_device(theta)
         with differentiable_kernels():
             if _values_depend(at, here) or _gradients_depend(at, here):
                 return True
     return False
+
+
+def takes_statistics(function: ExplainedFunction) -> bool:
+    """Whether a normalisation takes the batch's own statistics in evaluation, whatever its scale makes of them.
+
+    Args:
+        function: f.
+    """
+    return any(isinstance(module, _BatchNorm) and module.running_mean is None for module in function.model.modules())
 
 
 def _spread(count: int) -> Tensor:
@@ -57,9 +64,9 @@ def _values_depend(at: FunctionAtStep, theta: Parameters) -> bool:
     for rows in (torch.tensor([0]), _spread(count)):
         try:
             part = at.alone(theta, rows)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception:  # a sample alone is no batch to this model
+        except Exception as error:  # a sample alone is no batch to this model
+            if too_little_memory(error):
+                raise
             return True
         expected = whole[rows.to(whole.device)]
         if part.shape != expected.shape:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-__all__ = ["Differentiable", "Parameters", "every_entry", "module_at_fault"]
+__all__ = ["Differentiable", "Parameters", "every_entry", "module_at_fault", "too_little_memory"]
 
 Parameters = Mapping[str, Tensor]
 Found = TypeVar("Found")
@@ -93,3 +93,18 @@ def module_at_fault(model: nn.Module, error: BaseException) -> str | None:
             found = f"module {name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
         trace = trace.tb_next
     return found
+
+
+def too_little_memory(error: Exception) -> bool:
+    """Whether an exception says that memory was used up, which no other way would mend.
+
+    Args:
+        error: the exception.
+
+    Example:
+        >>> too_little_memory(MemoryError()), too_little_memory(RuntimeError("shapes differ"))
+        (True, False)
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "out of memory" in str(error))

@@ -20,8 +20,14 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
-from explaind_core.derivatives.differentiable import Differentiable, Parameters, every_entry, module_at_fault
-from explaind_core.derivatives.ordinary_autograd import OrdinaryAutograd
+from explaind_core.derivatives.differentiable import (
+    Differentiable,
+    Parameters,
+    every_entry,
+    module_at_fault,
+    too_little_memory,
+)
+from explaind_core.derivatives.ordinary_autograd import NOTHING_FLOWS, OrdinaryAutograd
 from explaind_core.errors import ExplaindError, QuestionError
 
 __all__ = ["AUTOGRAD", "ONE_BY_ONE", "VECTORISED", "Differentiator"]
@@ -126,8 +132,12 @@ class Differentiator:
             each = [along({n: t[r].clone() for n, t in tangents.items()}) for r in range(count)]
             return tuple(torch.stack(found) for found in zip(*each, strict=True))
 
+        def vectorised() -> tuple[Tensor, ...]:
+            found: tuple[Tensor, ...] = vmap(along, randomness="same")(dict(tangents))
+            return found
+
         return self._first("push", function, {
-            VECTORISED: (lambda: vmap(along, randomness="same")(dict(tangents))) if count > 1 else None,
+            VECTORISED: one_by_one if count == 1 else vectorised,
             ONE_BY_ONE: one_by_one,
             AUTOGRAD: lambda: self.autograd.push(function, point, tangents),
         })  # fmt: skip
@@ -215,7 +225,7 @@ class Differentiator:
         })  # fmt: skip
 
     # ------------------------------------------------------------------ which way
-    def _first(self, kind: str, function: Differentiable, ways: Mapping[str, Callable[[], Found] | None]) -> Found:
+    def _first(self, kind: str, function: Differentiable, ways: Mapping[str, Callable[[], Found]]) -> Found:
         """What the first way gives that is not refused."""
         refused = self._refused[kind]
         if self._cut is not None and kind != "push":
@@ -224,7 +234,7 @@ class Differentiator:
         last: Exception | None = None
         for way, attempt in ways.items():
             known = next(known for known in WAYS if way.startswith(known))
-            if attempt is None or way in refused or known in self._barred:
+            if way in refused or known in self._barred:
                 continue
             try:
                 found = attempt()
@@ -287,9 +297,9 @@ def _pulled(
 
 def _not_of_the_way(error: Exception) -> bool:
     """Whether an exception says nothing of the way: what this library refuses, and too little memory."""
-    if isinstance(error, ExplaindError | MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "out of memory" in str(error))
+    if isinstance(error, Warning):  # a caller who makes errors of warnings is told of them
+        return NOTHING_FLOWS not in str(error)
+    return isinstance(error, ExplaindError) or too_little_memory(error)
 
 
 def _in_a_line(error: Exception) -> str:

@@ -6,19 +6,16 @@ whether its samples go together, and which ways to its derivatives are taken.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from explaind_core.derivatives.coupling import coupled
-from explaind_core.derivatives.differentiable import Parameters
-from explaind_core.derivatives.differentiator import ONE_BY_ONE, VECTORISED
-from explaind_core.derivatives.explained_function import FunctionAtStep, differentiable_kernels
+from explaind_core.derivatives.coupling import coupled, takes_statistics
+from explaind_core.derivatives.differentiable import Parameters, too_little_memory
+from explaind_core.derivatives.explained_function import FunctionAtStep
 from explaind_core.derivatives.global_random_state import GlobalRandomState, undisturbed
 from explaind_core.derivatives.module_attributes import ModuleAttributes
-from explaind_core.errors import ExplaindError, QuestionError
+from explaind_core.derivatives.way_check import check_ways
+from explaind_core.errors import QuestionError
 
 __all__ = ["examine"]
 
@@ -62,28 +59,38 @@ def examine(
         if not function.together and coupled(first, theta_first, last, theta_last):
             function.together = True
             initial, final = first.values(theta_first), last.values(theta_last)
-        _check_ways(last, theta_first, theta_last)
+        check_ways(last, theta_first, theta_last)
     function.examined = True
     return initial, final
 
 
 def _first_values(first: FunctionAtStep, theta: Parameters) -> Tensor:
     """Values at the beginning; what the model writes into buffers is seen, and undone."""
-    habits, before = first.function.habits, {n: t.clone() for n, t in first.buffers.items()}
-    try:
-        values = first.values(theta)
-    except RuntimeError:
-        habits.needs_gradients = True  # of a physical loss, an energy: gradients by the inputs
-        try:
-            values = first.values(theta)
-        except RuntimeError:
-            habits.needs_gradients = False
-            values = first.values(theta)  # raises what was raised
+    function, before = first.function, {n: t.clone() for n, t in first.buffers.items()}
+    function.together = function.together or takes_statistics(function)
+    values = _tried(first, theta)
     if any(not torch.equal(t, before[n]) for n, t in first.buffers.items()):
-        habits.writes = True
+        function.habits.writes = True
         for n, t in first.buffers.items():
             t.copy_(before[n])
     return values
+
+
+def _tried(first: FunctionAtStep, theta: Parameters) -> Tensor:
+    """Values, by a model that takes gradients itself (forces, physical losses), or to which one sample is no batch."""
+    function, habits = first.function, first.function.habits
+    given, refusal = function.together, None
+    for together, gradients in ((given, False), (given, True), (True, False), (True, True)):
+        function.together, habits.needs_gradients = together, gradients
+        try:
+            return first.values(theta)
+        except Exception as error:
+            if too_little_memory(error):
+                raise
+            refusal = refusal or error
+    function.together, habits.needs_gradients = given, False
+    assert refusal is not None
+    raise refusal
 
 
 # ---------------------------------------------------------------------- is it a function?
@@ -165,73 +172,3 @@ def _who_draws(first: FunctionAtStep, theta: Parameters) -> str | None:
         for handle in handles:
             handle.remove()
     return found[0] if found else None
-
-
-# ---------------------------------------------------------------------- are its derivatives right?
-def _check_ways(at: FunctionAtStep, theta_first: Parameters, theta_last: Parameters) -> None:
-    """Refuse ways whose derivatives are others than those of ordinary backward passes, on two test samples."""
-    differentiator = at.function.differentiator
-    theta = at.on_device(theta_last)
-    point = {n: t for n, t in theta.items() if t.is_floating_point()}
-    direction = {n: t - theta_first[n].to(t) for n, t in point.items()}
-    if not any(bool(t.any()) for t in direction.values()):
-        direction = point
-    block = slice(0, min(2, at.samples))
-    of_block = at.of_parameters(theta, lambda p: at.block_values(p, block))
-    with differentiable_kernels():
-        shape = at.block_values(theta, block).shape
-        c = torch.linspace(0.5, 1.5, shape.numel(), dtype=at.dtype, device=at.function.device).reshape(shape)
-        try:
-            pulled = differentiator.autograd.pull(of_block, point, (c[None],))
-        except (RuntimeError, UserWarning):
-            return  # no ordinary derivative to compare with
-        expected, size = _product({n: g[0] for n, g in pulled.items()}, direction)
-
-        def forwards() -> float:
-            found = differentiator.push(of_block, point, {n: torch.stack([t, t]) for n, t in direction.items()})[0]
-            return float((found[1].double() * c.double()).sum())
-
-        def backwards() -> float:
-            several = torch.stack([c, -c])
-            if at.function.together:
-                found = differentiator.pull(of_block, point, (several,))
-                return _product({n: g[0] for n, g in found.items()}, direction)[0]
-            rows = at.function.rows[block].to(c.device)
-            of_row = at.of_parameters(theta, lambda p, row: at.alone(p, row.reshape(1))[0])
-            each = differentiator.pull_each(of_row, point, rows, (several.transpose(0, 1),))
-            return _product({n: g[:, 0].sum(0) for n, g in each.items()}, direction)[0]
-
-        bound = math.sqrt(torch.finfo(at.dtype).eps) * size
-        for name, derivative in (("forwards", forwards), ("backwards", backwards)):
-            try:
-                found = derivative()
-            except ExplaindError:
-                continue  # raised again where it is needed
-            if not abs(found - expected) <= bound and math.isfinite(expected):
-                why = f"{name} {found:.6g}, by ordinary backward passes {expected:.6g} along the path"
-                if (
-                    name == "forwards"
-                    and abs(_secant(at, theta, direction, block, c) - found) < abs(found - expected) / 2
-                ):
-                    differentiator.refuse_backward(why)
-                    break
-                for way in (VECTORISED, ONE_BY_ONE):
-                    differentiator.refuse(way, why)
-    differentiator.begin()
-
-
-def _product(gradients: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> tuple[float, float]:
-    """``<g, v>``, and the sum of the sizes of its terms."""
-    products = [gradients[n].double() * t.double() for n, t in direction.items()]
-    return sum(float(p.sum()) for p in products), sum(float(p.abs().sum()) for p in products)
-
-
-def _secant(at: FunctionAtStep, theta: Parameters, direction: Parameters, block: slice, c: Tensor) -> float:
-    """``<c, Df v>`` by differences of values: rough, but no derivative is needed for it."""
-    size, length = (math.sqrt(sum(float(t.double().square().sum()) for t in x.values())) for x in (theta, direction))
-    h = torch.finfo(at.dtype).eps ** (1 / 3) * max(size, 1e-3) / length
-    ends = [
-        at.block_values({**theta, **{n: theta[n] + move * t for n, t in direction.items()}}, block) for move in (h, -h)
-    ]
-    change = float(((ends[0] - ends[1]).detach().double() * c.double()).sum())
-    return change / (2 * float(h))

@@ -22,6 +22,7 @@ from explaind_core.derivatives.differentiable import Differentiable, Parameters
 from explaind_core.derivatives.differentiator import Differentiator
 from explaind_core.derivatives.global_random_state import undisturbed
 from explaind_core.derivatives.module_attributes import ModuleAttributes
+from explaind_core.derivatives.ordinary_autograd import NOTHING_FLOWS
 from explaind_core.derivatives.outputs import Output, Rows, flat_rows
 from explaind_core.errors import ExplaindError, QuestionError
 from explaind_core.training_step import run_model
@@ -47,6 +48,8 @@ def differentiable_kernels(*, forward_mode: bool = True) -> Iterator[None]:
         with kernels, torch.no_grad(), warnings.catch_warnings():
             # vmap says so of every operator that it has no rule for; the numbers are the same.
             warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+            # Nothing has to flow where values are asked for; where derivatives are, that is an error.
+            warnings.filterwarnings("ignore", NOTHING_FLOWS, UserWarning)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -308,6 +311,15 @@ class FunctionAtStep:
         count = len(range(*rows.indices(self.function.given))) if isinstance(rows, slice) else len(rows)
         return self._evaluate_rows(theta, rows if isinstance(rows, slice) else rows.to(self.function.device), count)
 
+    def row_values(self, theta: Parameters, row: Tensor) -> Tensor:
+        """``[J]`` of one of the samples that were given, passed through the model alone.
+
+        Args:
+            theta: the parameters, on the model's device.
+            row: which one, 0-d; batched, under vmap.
+        """
+        return self._evaluate_rows(theta, row.reshape(1), 1)[0]
+
     def derivatives(self, theta: Parameters, tangents: Sequence[Parameters], block: slice | None = None) -> Tensor:
         """``Df(theta)[v]`` for tangents v over a few parameters, the others held constant.
 
@@ -385,7 +397,7 @@ class FunctionAtStep:
         self, theta: Parameters, point: Parameters, block: slice, sum_outputs: bool, columns: slice
     ) -> dict[str, Tensor]:
         def one(p: Parameters, row: Tensor) -> Tensor:
-            found = self._evaluate_rows(p, row.reshape(1), 1)[0]
+            found = self.row_values(p, row)
             return found.sum(0, keepdim=True) if sum_outputs else found[columns]
 
         rows = self.function.rows[block].to(self.function.device)

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from explaind_core import trees
 from explaind_core.derivatives.differentiable import Differentiable, Parameters, every_entry
 
-__all__ = ["OrdinaryAutograd"]
+__all__ = ["NOTHING_FLOWS", "OrdinaryAutograd"]
 
 Found = TypeVar("Found")
 #: What is done with values and the parameters that they are functions of.
 Work = Callable[[tuple[Tensor, ...], dict[str, Tensor]], Found]
 #: How torch warns that a recomputed part of the model (``use_reentrant=True``) passes no gradient on.
-_NOTHING_FLOWS = "None of the inputs have requires_grad=True"
+NOTHING_FLOWS = "None of the inputs have requires_grad=True"
 
 
 class OrdinaryAutograd:
@@ -99,7 +99,7 @@ class OrdinaryAutograd:
         try:
             return self._attempt(function, point, work)
         except (RuntimeError, UserWarning) as error:
-            reentrant = "use_reentrant" in str(error) or "Checkpoint" in str(error) or _NOTHING_FLOWS in str(error)
+            reentrant = "use_reentrant" in str(error) or "Checkpoint" in str(error) or NOTHING_FLOWS in str(error)
             if self.accumulates or not reentrant:
                 raise
         self.accumulates = True
@@ -115,7 +115,7 @@ class OrdinaryAutograd:
 
         def run() -> Found:
             with torch.enable_grad(), warnings.catch_warnings():
-                warnings.filterwarnings("error", _NOTHING_FLOWS)
+                warnings.filterwarnings("error", NOTHING_FLOWS)
                 values = function.values(leaves)
             return work(values, leaves)
 
@@ -166,7 +166,9 @@ class OrdinaryAutograd:
                 one_hot = torch.zeros_like(value).reshape(-1)
                 one_hot[entry] = 1
                 gradients = self._one([value], leaves, [one_hot.reshape(value.shape)])
-                products = [tangents[n].flatten(1) @ g.reshape(-1) for n, g in zip(leaves, gradients, strict=True)]
+                products = [
+                    tangents[n].reshape(count, -1) @ g.reshape(-1) for n, g in zip(leaves, gradients, strict=True)
+                ]
                 columns[entry] = torch.stack(products).sum(0)
             pushed.append(torch.stack(columns, 1).reshape(count, *value.shape).detach())
         return tuple(pushed)

@@ -209,7 +209,7 @@ def test_what_cannot_be_vectorised_is_differentiated_one_by_one(tmp_path):
     function = Question.ask(run, inputs).function
     tangents = [{n: torch.ones_like(t) * k for n, t in run.theta(1).items()} for k in (1, 2)]
     once, twice = function.at(1).derivatives(run.theta(1), tangents)
-    assert not function.vectorized
+    assert function.differentiator.way == "torch.func, one by one"
     torch.testing.assert_close(twice, 2 * once)
 
 

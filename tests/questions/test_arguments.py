@@ -20,6 +20,7 @@ INPUTS = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manu
 ASKED = {
     "output": None, "steps": None, "train": None, "shares": "outputs", "layers": None, "test": None,
     "nodes": "adaptive", "tolerance": 1e-3, "max_nodes": 32, "max_update_error": None, "memory": "4GiB", "chunk": 500,
+    "random_state": None,
 }  # fmt: skip
 PATH = {"gradient_steps": None, "chords": 1, "strategy": None, "unattributed": "refuse", "buffers": "recorded"}
 KEPT = {"keep": ("step", "layer", "test", "output")}
