@@ -139,9 +139,10 @@ def _blocks(frame: Frame, choice: Choice, axis: str | None, done: int, progress:
     parts = contributions(frame, choice, done=done, progress=progress)
     if axis == "step":
         for start in range(done, windows, appending.BLOCK):
-            yield frame.collect(islice(parts, min(appending.BLOCK, windows - start)))
+            yield frame.collect(islice(parts, min(appending.BLOCK, windows - start)), unfinished=True)
     else:
         for start in range(done, samples, choice.rows):
-            yield frame.collect(islice(parts, windows), slice(start, min(start + choice.rows, samples)))
+            rows = slice(start, min(start + choice.rows, samples))
+            yield frame.collect(islice(parts, windows), rows, unfinished=True)
     for _ in parts:  # lets the progress bar close
         pass

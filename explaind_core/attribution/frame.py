@@ -49,8 +49,16 @@ class Frame:
         return Ends.of(self.question)
 
     # ------------------------------------------------------------------ a Dataset
-    def collect(self, parts: Iterable[Contribution], block: slice | None = None) -> xr.Dataset:
-        """One Dataset of some windows, of all test samples or a block of them."""
+    def collect(
+        self, parts: Iterable[Contribution], block: slice | None = None, *, unfinished: bool = False
+    ) -> xr.Dataset:
+        """One Dataset of some windows, of all test samples or a block of them.
+
+        Args:
+            parts: the windows' contributions.
+            block: of the test samples, all by default.
+            unfinished: whether other blocks follow, which may hold terms that this one has nothing of.
+        """
         keeps_step = "step" in self.dims
         rows: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in (*self.terms, *self.edges)}
         windows: list[int] = []
@@ -82,6 +90,8 @@ class Frame:
         variables["final"] = (self.edge_dims, self._edge(self.ends.final, block))
         if not self.question.run.closed_by_secant:
             del counts["correction"]
+        if not unfinished and findings.unattributed_largest is None:
+            variables.pop("unattributed", None)
         attributes = self.attributes() | findings.attributes()
         attributes["derivatives"] = self.question.function.differentiator.way
         if keeps_step:
@@ -173,7 +183,7 @@ class Frame:
         if question.chords > 1:
             found["chords"] = question.chords
             found["approximation"] = f"{question.chords} steps share one straight line; exact for their sum only"
-        if question.train is not None:
+        if question.shares != "outputs":
             found["shares"] = question.shares
         if question.notes:
             found["sampled"] = "; ".join(question.notes)

@@ -24,9 +24,10 @@ class Findings:
         gradient_factor: the smallest and the largest factor between a fed gradient and that of its samples.
         entries_clipped: how many entries of gradients were clipped one by one; None where none ever is.
         samples_together: whether samples are coupled in the forward pass, so that all are in that of every share.
-        unattributed_gradient: the largest relative size of what no sample explains of a gradient; None where samples
-            are not told apart.
-        unattributed_largest: the largest entry of the term that this makes, in units of the output; None likewise.
+        unattributed_gradient: the largest relative size of what no sample explains of a gradient; None where that is
+            refused.
+        unattributed_largest: the largest entry of the term that this makes, in units of the output; None where
+            there is no such term.
         loss_couples: whether the loss couples samples, so that a share through a sample's own outputs is not the
             gradient of its own loss term.
 

@@ -208,7 +208,7 @@ class Question:
         cells = math.prod(shape.values())
         plain = math.prod(n for axis, n in shape.items() if axis not in GRADIENT_AXES)
         edges = math.prod(n for axis, n in shape.items() if axis in ("step", "test", "output"))
-        others = len(self.terms) - 1
+        others = len(self.terms) - 1 - (self.carries and not self.forgives)  # which is rounding, as a rule
         return (cells + others * plain) * self.value_bytes + 2 * 8 * edges
 
     @property

@@ -10,11 +10,25 @@ from torch import Tensor
 
 from explaind_core.questions.findings import Findings
 from explaind_core.questions.question import AXES, GRADIENT_AXES, Question
+from explaind_core.tensors import tolerance
 
 __all__ = ["Contribution", "WindowSum"]
 
 #: The axes of one window's terms.
 INNER = AXES[1:]
+
+
+def waived(dtype: torch.dtype) -> float:
+    """What samples may leave of the kernel of a layer, of its largest entry, before that is a term of its own.
+
+    Args:
+        dtype: of the model.
+
+    Example:
+        >>> waived(torch.float64), waived(torch.float32)
+        (1e-11, 1e-05)
+    """
+    return tolerance(dtype) / 100  # of what their gradients are compared with
 
 
 @dataclass
@@ -106,11 +120,11 @@ class WindowSum:
 
     def finish(self) -> Contribution:
         """The sum, over the kept axes; what nothing explains is the residual."""
+        largest = self._left()
         total = self.omitted + self.statistics
         for term in self.terms.values():
             total += term.sum(tuple(range(term.ndim - 2)))
-        keep, unattributed = self.question.keep, self.terms.get("unattributed")
-        largest = None if unattributed is None else float(unattributed.abs().max())
+        keep = self.question.keep
         return Contribution(
             window=self.window,
             terms={
@@ -128,6 +142,22 @@ class WindowSum:
             gram=self.gram,
             findings=self.findings | Findings(unattributed_largest=largest),
         )
+
+    def _left(self) -> float | None:
+        """The largest entry of what samples leave of the kernel; None where that is rounding, which the residual takes.
+
+        It is more than that where gradients are zero but for rounding (a bias before a normalisation), and the
+        optimizer divides by their size.
+        """
+        left = self.terms.get("unattributed")
+        if left is None:
+            return None
+        whole = left + self.terms["kernel"].sum(axis=(0, 3), keepdim=True)
+        sizes, scales = (t.abs().transpose(0, 1).flatten(1).amax(1) for t in (left, whole))
+        if not self.question.forgives and bool((sizes <= waived(self.question.function.dtype) * scales).all()):
+            left.zero_()
+            return None
+        return float(left.abs().max())
 
 
 def _squeezed(values: Tensor, axes: Sequence[str], keep: Sequence[str], *, gone: Sequence[str] = ()) -> Tensor:

@@ -189,6 +189,8 @@ def stored_result(folder: Path, record: Record) -> xr.Dataset:
     stored = stored.assign_coords({name: (c.dims, np.array(c.values.tolist(), "U")) for name, c in texts.items()})
     if record.axis is not None and not record.finished:
         stored = stored.isel({record.axis: slice(0, record.done)})
+    if not any(name in stored.attrs for name in ("unattributed_gradient", "unattributed_largest")):
+        stored = stored.drop_vars("unattributed", errors="ignore")  # no block had anything of it
     return stored
 
 

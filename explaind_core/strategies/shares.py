@@ -78,7 +78,7 @@ class GradientSplitter:
     """
 
     def __init__(self, question: Question) -> None:
-        self._run, self._carries, self._forgives = question.run, question.carries, question.forgives
+        self._run, self._forgives = question.run, question.forgives
         self._reading, self._seen = question.shares, 0
         #: In which mode the model's gradients are the recorded ones, as far as is known: it is tried first.
         self._training = True
@@ -195,7 +195,7 @@ class GradientSplitter:
                 for n in names
             }
             entries_clipped = sum(int(c.sum()) for c in clipped.values())
-        if self._carries:
+        if self._forgives:
             rest = [to_dense(recorded[n]).double().cpu() - factors[n] * total[n].double().cpu() for n in recorded]
             size = sum(float(r.square().sum()) for r in rest) ** 0.5
             fed = sum(float(to_dense(g).double().square().sum()) for g in recorded.values()) ** 0.5

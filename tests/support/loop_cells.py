@@ -327,7 +327,6 @@ class Outcome:
     rounding: float
     closure: float
     residual: float
-    unattributed: float
     terms: tuple[str, ...]
     facts: dict[str, Any]
 
@@ -345,7 +344,6 @@ def measure(run: explaind.Run, loop: Loop) -> Outcome:
         rounding=max(split.rounding for split in splits),
         closure=max(explaind.closure_error(result) for result in (summed_up, kept)) / scale,
         residual=float(abs(kept.residual).max()) / changed,
-        unattributed=kept.attrs["unattributed_largest"] / changed,
         terms=tuple(n for n in ("prehistory", "penalty", "unattributed", "statistics") if n in kept),
         facts={k: kept.attrs[k] for k in ("gradient_factor", "unattributed_gradient") if k in kept.attrs},
     )

@@ -229,8 +229,7 @@ def check(kept: Trained, features: frozenset[str], keep: tuple[str, ...], strate
         unattributed="carry" if "noise" in features else "refuse", **ask,
     )  # fmt: skip
     terms = {"kernel", "regularization"}
-    split = "train" in keep or ask.get("train") is not None
-    terms |= {"penalty"} & features | ({"unattributed"} if split else set())
+    terms |= {"penalty"} & features | ({"unattributed"} if "noise" in features else set())
     terms |= {"statistics"} if "norm" in features and moving else set()
     known = {"kernel", "regularization", "penalty", "unattributed", "statistics", "prehistory"}
     assert known & set(result) == terms
