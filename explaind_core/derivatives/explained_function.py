@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from explaind_core import trees
 from explaind_core.derivatives.differentiable import Differentiable, Parameters
 from explaind_core.derivatives.differentiator import Differentiator
 from explaind_core.derivatives.global_random_state import undisturbed
+from explaind_core.derivatives.habits import Habits
 from explaind_core.derivatives.module_attributes import ModuleAttributes
 from explaind_core.derivatives.ordinary_autograd import NOTHING_FLOWS
 from explaind_core.derivatives.outputs import Output, Rows, flat_rows
@@ -180,25 +181,8 @@ class ExplainedFunction:
             if self.habits.needs_gradients:
                 stack.enter_context(torch.enable_grad())
             if self.habits.keeps:
-                stack.callback(ModuleAttributes(self.model).restore)
+                stack.callback(ModuleAttributes(self.model, compared=False).restore)
             yield
-
-
-@dataclass
-class Habits:
-    """What evaluations of f do beside returning values, as :func:`explaind_core.derivatives.examine` found.
-
-    Attributes:
-        draws: they draw from global random generators.
-        keeps: they leave attributes of modules changed.
-        writes: they write into buffers.
-        needs_gradients: they take gradients themselves.
-    """
-
-    draws: bool = field(default=False)
-    keeps: bool = field(default=False)
-    writes: bool = field(default=False)
-    needs_gradients: bool = field(default=False)
 
 
 @dataclass(frozen=True)

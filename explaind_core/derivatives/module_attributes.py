@@ -22,6 +22,7 @@ class ModuleAttributes:
 
     Args:
         model: the model.
+        compared: whether it is to be asked what changed; putting back takes less.
 
     Example:
         >>> class Counting(nn.Module):
@@ -39,10 +40,11 @@ class ModuleAttributes:
         []
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, compared: bool = True) -> None:
         self._model = model
         self._values = {module: _plain(module) for module in model.modules()}
-        self._marks = {module: {n: _mark(v) for n, v in values.items()} for module, values in self._values.items()}
+        marked = self._values if compared else {}
+        self._marks = {module: {n: _mark(v) for n, v in values.items()} for module, values in marked.items()}
         self._contents = {
             module: {n: _contents(v) for n, v in values.items() if isinstance(v, list | dict | set | deque)}
             for module, values in self._values.items()
