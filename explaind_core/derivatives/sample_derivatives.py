@@ -309,5 +309,5 @@ def _pull(outputs: list[Tensor], parameters: list[Tensor], cotangents: list[Tens
     found = torch.autograd.grad(outputs, parameters, cotangents, allow_unused=True, **options)
     several = (len(cotangents[0]),) if options.get("is_grads_batched") else ()
     return [
-        p.new_zeros(*several, *p.shape) if g is None else g.to_dense() for g, p in zip(found, parameters, strict=True)
+        p.new_zeros((*several, *p.shape)) if g is None else g.to_dense() for g, p in zip(found, parameters, strict=True)
     ]
