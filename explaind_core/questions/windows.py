@@ -152,7 +152,7 @@ class WindowSum:
         left = self.terms.get("unattributed")
         if left is None:
             return None
-        whole = left + self.terms["kernel"].sum(axis=(0, 3), keepdim=True)
+        whole = left + self.terms["kernel"].sum((0, 3), keepdim=True)
         sizes, scales = (t.abs().transpose(0, 1).flatten(1).amax(1) for t in (left, whole))
         if not self.question.forgives and bool((sizes <= waived(self.question.function.dtype) * scales).all()):
             left.zero_()

@@ -145,7 +145,7 @@ class GradientSplitter:
 
     def _check_calls(self, step: int) -> None:
         calls = self._run.step_header(step).get("calls", 0)
-        if calls and not self._carries:
+        if calls and not self._forgives:
             raise RecordingError(
                 "the gradient is of several calls of the model for one declared batch, and has no share per sample",
                 where=f"step {step}",
