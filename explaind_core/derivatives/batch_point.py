@@ -24,7 +24,8 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from explaind_core import trees
-from explaind_core.derivatives.explained_function import differentiable_kernels
+from explaind_core.derivatives.differentiable import Differentiable
+from explaind_core.derivatives.kernels import differentiable_kernels
 from explaind_core.derivatives.loss_coupling import couples, one_per_sample
 from explaind_core.errors import QuestionError, RecordingError
 from explaind_core.tensors import tolerance
@@ -74,6 +75,7 @@ class BatchPoint:
         self.model, self.state, self.start, self.n = model, state, start, len(micro.ids)
         self.forward = micro.forward
         self.coarse = self.forward is not None and self.forward.autocast is not None
+        self._takes_gradients = False
         self.together = False  # until something shows that samples are not independent
         device = next(model.parameters()).device
         self.inputs, targets = (
@@ -84,9 +86,17 @@ class BatchPoint:
         with self.kernels():
             self._see()
 
+    def _first_result(self) -> Any:
+        try:
+            return self._run({}, self.inputs)
+        except RuntimeError:  # a model that takes gradients itself, as physics-informed ones do
+            self._takes_gradients = True
+            found = self._run({}, self.inputs)
+            return rebuilt(found, iter([t.detach() for t in trees.leaves(found)]))
+
     def _see(self) -> None:
         """Pass the batch through the model once: cotangents, and whether its samples are independent."""
-        result = self._run({}, self.inputs)
+        result = self._first_result()
         leaves = trees.leaves(result)
         inexact = [i for i, leaf in enumerate(leaves) if leaf.is_floating_point() or leaf.is_complex()]
         # Cut from each other: an output may be computed from another one, and would be counted twice.
@@ -227,7 +237,7 @@ class BatchPoint:
 
     def _run(self, parameters: Mapping[str, Tensor], inputs: Any) -> Any:
         state = {**self.state, **parameters}
-        with self.standing():
+        with self.standing(), torch.enable_grad() if self._takes_gradients else nullcontext():
             if self.model.training:  # in which mode a model may write to its buffers
                 state |= {n: state[n].clone() for n, _ in self.model.named_buffers() if n in state}
             return run_model(lambda *a, **k: functional_call(self.model, state, a, k), inputs)
@@ -264,6 +274,14 @@ class BatchPoint:
         return self._used(
             self._run(parameters, taken), len(range(self.n)[rows]) if isinstance(rows, slice) else len(rows)
         )
+
+    def function(self, rows: slice | Tensor) -> Differentiable:
+        """:meth:`outputs` of some samples as a function that backward passes may run again.
+
+        Args:
+            rows: which samples.
+        """
+        return Differentiable(self.model, self.state, lambda p: self.outputs(p, rows), around=self.standing)
 
     def sample_inputs(self, rows: slice) -> tuple[Tensor, ...]:
         """What :meth:`sample_outputs` is to be mapped over."""

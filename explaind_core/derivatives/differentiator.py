@@ -30,7 +30,7 @@ from explaind_core.derivatives.differentiable import (
 from explaind_core.derivatives.ordinary_autograd import NOTHING_FLOWS, OrdinaryAutograd
 from explaind_core.errors import ExplaindError, QuestionError
 
-__all__ = ["AUTOGRAD", "ONE_BY_ONE", "VECTORISED", "Differentiator"]
+__all__ = ["AUTOGRAD", "ONE_BY_ONE", "VECTORISED", "Differentiator", "not_of_the_way"]
 
 Found = TypeVar("Found")
 #: A sample, and its cotangents where there are any.
@@ -239,7 +239,7 @@ class Differentiator:
             try:
                 found = attempt()
             except Exception as error:
-                if _not_of_the_way(error):
+                if not_of_the_way(error):
                     raise
                 failures[way], last = _in_a_line(error), error
                 continue
@@ -295,7 +295,7 @@ def _pulled(
     return {n: torch.stack([e[n] for e in each]) for n in point}
 
 
-def _not_of_the_way(error: Exception) -> bool:
+def not_of_the_way(error: Exception) -> bool:
     """Whether an exception says nothing of the way: what this library refuses, and too little memory."""
     if isinstance(error, Warning):  # a caller who makes errors of warnings is told of them
         return NOTHING_FLOWS not in str(error)

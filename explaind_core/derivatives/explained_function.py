@@ -6,24 +6,22 @@ phi_s(x) = integral_0^1 df/dtheta(theta_{s-1} + t Delta_s; x) dt  is never forme
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from explaind_core import trees
 from explaind_core.derivatives.differentiable import Differentiable, Parameters
 from explaind_core.derivatives.differentiator import Differentiator
 from explaind_core.derivatives.global_random_state import undisturbed
 from explaind_core.derivatives.habits import Habits
+from explaind_core.derivatives.kernels import differentiable_kernels
 from explaind_core.derivatives.module_attributes import ModuleAttributes
-from explaind_core.derivatives.ordinary_autograd import NOTHING_FLOWS
 from explaind_core.derivatives.outputs import Output, Rows, flat_rows
 from explaind_core.errors import ExplaindError, QuestionError
 from explaind_core.training_step import run_model
@@ -32,28 +30,6 @@ __all__ = ["ExplainedFunction", "FunctionAtStep", "differentiable_kernels"]
 
 #: Test samples that one backward pass takes together where each is differentiated alone.
 _ROWS_TOGETHER = 64
-
-
-@contextmanager
-def differentiable_kernels(*, forward_mode: bool = True) -> Iterator[None]:
-    """Fused attention kernels have no forward-mode derivative: use the plain ones, of the same value.
-
-    Args:
-        forward_mode: False where backward passes are to be those of training to the last bit: kernels are then chosen
-            as torch chooses them.
-    """
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    kernels = sdpa_kernel(SDPBackend.MATH) if forward_mode else nullcontext()
-    try:
-        with kernels, torch.no_grad(), warnings.catch_warnings():
-            # vmap says so of every operator that it has no rule for; the numbers are the same.
-            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-            # Nothing has to flow where values are asked for; where derivatives are, that is an error.
-            warnings.filterwarnings("ignore", NOTHING_FLOWS, UserWarning)
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
 class ExplainedFunction:
@@ -279,10 +255,11 @@ class FunctionAtStep:
             theta: the parameters.
         """
         try:
-            with differentiable_kernels(), torch.no_grad():
+            with differentiable_kernels(), torch.enable_grad():  # the model may take gradients itself
                 self.function.outputs = self.alone(self.function.on_device(theta), slice(0, 1)).shape[1]
-        except ExplaindError:  # as it is said of all samples
-            self.values(theta)
+        except ExplaindError:
+            self.values(theta)  # as it is said of all samples
+            raise
         return self.function.outputs
 
     def alone(self, theta: Parameters, rows: Rows) -> Tensor:

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torch.func import jvp, vjp, vmap
 
 from explaind_core.derivatives.batch_point import BatchPoint
+from explaind_core.derivatives.differentiable import module_at_fault
+from explaind_core.derivatives.differentiator import AUTOGRAD, VECTORISED, not_of_the_way
 from explaind_core.derivatives.factored_gradients import Sum, slices
+from explaind_core.derivatives.ordinary_autograd import OrdinaryAutograd
 from explaind_core.derivatives.plain_layers import PlainLayers, Use
 from explaind_core.errors import RecordingError
 
@@ -41,6 +44,14 @@ class Derivatives:
         # What vmap cannot vectorise of this model (data-dependent control flow, operators without a batching rule)
         # is done one by one from then on. That gives the same numbers, and a real error shows up there again.
         self._one_by_one: set[str] = set()
+        #: For backward passes that torch.autograd.grad refuses.
+        self._autograd = OrdinaryAutograd()
+        self._recomputes = False
+
+    @property
+    def way(self) -> str:
+        """How gradients of samples were taken: vectorised by ``torch.func``, or one by one by ordinary autograd."""
+        return AUTOGRAD if self._one_by_one & {"each", "pull"} or self._recomputes else VECTORISED
 
     def fitting(self, names: Sequence[str]) -> int:
         """How many samples' gradients fit the memory, at least 1."""
@@ -59,24 +70,71 @@ class Derivatives:
             rows: which of its samples, b of them.
             weights: ``[G, b]``.
         """
-        parameters, outputs, cotangents = self._forward(point, rows, self._names)
         size = min(self.passes(point, rows.stop - rows.start), self.fitting(self._names))
-        sums: list[list[Tensor]] = [[] for _ in self._names]
-        for block in slices(len(weights), size):
-            scaled = [_scaled(c, weights[block]) for c in cotangents]
-            for blocks, values in zip(sums, self._pull_each(outputs, parameters, scaled, weights[block]), strict=True):
-                blocks.append(values)
-        return {n: torch.cat(blocks) for n, blocks in zip(self._names, sums, strict=True)}
+
+        def work(parameters: Gradients) -> Gradients:
+            outputs, cotangents = self._forward(point, rows, parameters)
+            sums: list[list[Tensor]] = [[] for _ in self._names]
+            for block in slices(len(weights), size):
+                scaled = [_scaled(c, weights[block]) for c in cotangents]
+                each = self._pull_each(outputs, list(parameters.values()), scaled, weights[block])
+                for blocks, values in zip(sums, each, strict=True):
+                    blocks.append(values)
+            return {n: torch.cat(blocks) for n, blocks in zip(self._names, sums, strict=True)}
+
+        def again() -> Gradients:
+            scaled = tuple(_scaled(c[rows], weights) for c in point.cotangents)
+            primals = {n: self._theta[n] for n in self._names}
+            return self._autograd.pull(point.function(rows), primals, scaled)
+
+        return self._passed(point, rows, self._names, work, again)
+
+    def _passed(
+        self,
+        point: BatchPoint,
+        rows: slice,
+        names: Sequence[str],
+        work: Callable[[Gradients], Gradients],
+        again: Callable[[], Gradients],
+    ) -> Gradients:
+        """What ``work`` makes of a forward pass and its backward passes, the model itself standing at the parameters.
+
+        Activations may be computed again on the way back. Where these accept ``backward()`` alone, or ask for inputs
+        with gradients (``use_reentrant=True``), ``again`` does it.
+        """
+        if not point.cotangents:
+            return work({n: self._theta[n] for n in names})
+        try:
+            if not self._recomputes:
+                parameters = {n: self._theta[n].detach().requires_grad_() for n in names}
+                try:
+                    return point.function(rows).standing(parameters, lambda: work(parameters))
+                except RuntimeError as error:
+                    if "use_reentrant" not in str(error) and "Checkpoint" not in str(error):
+                        raise
+                self._recomputes = True
+            return again()
+        except Exception as error:
+            if not_of_the_way(error):
+                raise
+            module = module_at_fault(point.model, error)
+            raise RecordingError(
+                "the gradients of samples cannot be taken",
+                where=f"batch of {point.n} samples, {module or 'the model'}",
+                expected="a forward pass that loss.backward() can go back through, as it did in training",
+                got=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+                remedy="look at the part of the model that is named: what was changed since the run was recorded? Keep "
+                "only axes other than train otherwise",
+            ) from error
 
     def _forward(
-        self, point: BatchPoint, rows: slice | Tensor, names: Sequence[str]
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Parameters, the outputs of some samples that depend on them, and the cotangents of these."""
-        parameters = {n: self._theta[n].detach().requires_grad_() for n in names}
+        self, point: BatchPoint, rows: slice | Tensor, parameters: Gradients
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The outputs of some samples that depend on the parameters, and the cotangents of these."""
         with torch.enable_grad():
             outputs = point.outputs(parameters, rows)
         depend = [i for i, output in enumerate(outputs) if output.requires_grad]
-        return list(parameters.values()), [outputs[i] for i in depend], [point.cotangents[i][rows] for i in depend]
+        return [outputs[i] for i in depend], [point.cotangents[i][rows] for i in depend]
 
     def _pull_each(
         self, outputs: list[Tensor], parameters: list[Tensor], cotangents: list[Tensor], weights: Tensor
@@ -84,7 +142,9 @@ class Derivatives:
         if len(weights) > 1 and outputs and "pull" not in self._one_by_one:
             try:
                 return _pull(outputs, parameters, cotangents, retain_graph=True, is_grads_batched=True)
-            except RuntimeError:
+            except (RuntimeError, NotImplementedError) as error:
+                if "use_reentrant" in str(error) or "Checkpoint" in str(error):
+                    raise
                 self._one_by_one.add("pull")
         each = [_pull(outputs, parameters, [c[g] for c in cotangents], retain_graph=True) for g in range(len(weights))]
         return [torch.stack(values) for values in zip(*each, strict=True)]
@@ -104,13 +164,26 @@ class Derivatives:
         if point.cotangents and "each" not in self._one_by_one:
             try:
                 return dict(vmap(one)(point.sample_inputs(rows), tuple(c[rows] for c in point.cotangents)))
-            except RuntimeError:
+            except Exception as error:
+                if not_of_the_way(error):
+                    raise
                 self._one_by_one.add("each")
-        each = []
-        for k in range(rows.start, rows.stop):
-            parameters, outputs, cotangents = self._forward(point, slice(k, k + 1), names)
-            each.append(_pull(outputs, parameters, cotangents))
-        return {n: torch.stack(values) for n, values in zip(names, zip(*each, strict=True), strict=True)}
+        each = [self._alone(point, slice(k, k + 1), names) for k in range(rows.start, rows.stop)]
+        return {n: torch.stack([gradients[n] for gradients in each]) for n in names}
+
+    def _alone(self, point: BatchPoint, row: slice, names: Sequence[str]) -> Gradients:
+        """The gradient of one sample, by a backward pass of its own."""
+
+        def work(parameters: Gradients) -> Gradients:
+            outputs, cotangents = self._forward(point, row, parameters)
+            return dict(zip(names, _pull(outputs, list(parameters.values()), cotangents), strict=True))
+
+        def again() -> Gradients:
+            given = tuple(c[row].unsqueeze(0) for c in point.cotangents)
+            found = self._autograd.pull(point.function(row), {n: self._theta[n] for n in names}, given)
+            return {n: g[0] for n, g in found.items()}
+
+        return self._passed(point, row, names, work, again)
 
     def contracted(
         self, point: BatchPoint, rows: slice, directions: Gradients
@@ -149,7 +222,9 @@ class Derivatives:
     ) -> tuple[list[Use], list[Tensor], list[Tensor], list[Tensor]]:
         """One batched backward pass that sees what the layers saw, and the gradients at their outputs."""
         with self._plain.watched(names) as uses:
-            parameters, outputs, cotangents = self._forward(point, rows, names)
+            given = {n: self._theta[n].detach().requires_grad_() for n in names}
+            outputs, cotangents = self._forward(point, rows, given)
+        parameters = list(given.values())
         if outputs and uses:
             edges = [use.edge for use in uses]
             deltas = torch.autograd.grad(outputs, edges, cotangents, retain_graph=True, allow_unused=True)
@@ -170,7 +245,13 @@ class Derivatives:
         sizes = sum(c.flatten(1).square().sum(1) if c.ndim > 1 else c.square() for c in point.cotangents)
         rows = torch.topk(sizes, min(point.n, 8)).indices if isinstance(sizes, Tensor) else slice(0, 1)
         names = sorted(self._plain.names)
-        uses, parameters, outputs, cotangents = self._watched(point, rows, names)
+        try:
+            uses, parameters, outputs, cotangents = self._watched(point, rows, names)
+        except Exception as error:  # activations that are computed again, where the parameters are gone
+            if not_of_the_way(error):
+                raise
+            self._plain.names.clear()
+            return
         b = len(cotangents[0]) if cotangents else 1
         weights = torch.linspace(0.5, 1.5, b).to(next(iter(self._theta.values())))
         expected = _pull(outputs, parameters, [_scaled(c, weights) for c in cotangents])
@@ -216,7 +297,7 @@ class Derivatives:
                 try:
                     blocks.append(vmap(along)(block))
                     continue
-                except RuntimeError:
+                except (RuntimeError, NotImplementedError):
                     self._one_by_one.add("along")
             blocks += [along({n: d[r].clone() for n, d in block.items()})[None] for r in range(some.stop - some.start)]
         return torch.cat(blocks)

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from explaind_core.derivatives.batch_point import BatchPoint
-from explaind_core.derivatives.explained_function import differentiable_kernels
+from explaind_core.derivatives.differentiator import VECTORISED
 from explaind_core.derivatives.factored_gradients import slices
 from explaind_core.derivatives.gradient_factor import fit_factor, nearest_factor
+from explaind_core.derivatives.kernels import differentiable_kernels
 from explaind_core.derivatives.sample_derivatives import Derivatives, Gradients, moved, norm
 from explaind_core.errors import QuestionError, RecordingError
 from explaind_core.tensors import flattened
@@ -28,7 +29,7 @@ from explaind_core.training_step import Batch, LossFunction
 
 __all__ = ["SampleGradients"]
 
-#: So many gradients at each end of what is wanted are compared with the batch's before any is used.
+#: So many gradients at each end of what is wanted are compared with the batch's, by random weights, before any is used.
 _CONFIRMED = 8
 #: Larger blocks of per-sample gradients cost more per sample: they leave the processor's cache. In bytes.
 BLOCK = 2**26
@@ -64,8 +65,8 @@ class SampleGradients:
         >>> gradients = SampleGradients(model, nn.MSELoss(), batch, {"weight": torch.tensor([[3.0]])}, {}, ["weight"])
         >>> gradients.total(), gradients.fit({"weight": torch.tensor([[7.5]])}, step=1)
         ({'weight': tensor([[15.]])}, 0.5)
-        >>> gradients.inner([{"weight": torch.ones(1, 1, 1)}])  # the loss is the mean of (w x)^2: g_k = w x^2
-        tensor([[[ 3., 12.]]], dtype=torch.float64)
+        >>> gradients.inner([{"weight": torch.ones(1, 1, 1)}]).tolist()  # the mean of (w x)^2: g_k = w x^2
+        [[[3.0, 12.0]]]
     """
 
     def __init__(
@@ -99,7 +100,6 @@ class SampleGradients:
             start = sum(p.n for p in self._points)
             self._points.append(BatchPoint(model, loss, micro, state, start, **how))
         self._derivatives.coarse = any(point.coarse for point in self._points)
-        # Of samples, in sums that are there to be checked.
         self._weights = torch.rand(len(self.ids), generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
 
     # ------------------------------------------------------------------ sums of gradients, by ordinary backward passes
@@ -127,8 +127,8 @@ class SampleGradients:
             names: the parameters to look at, all by default.
 
         Raises:
-            RecordingError: no factor makes the recorded gradient that of the declared samples, to 1e-9 of each
-                tensor's norm in float64, 1e-3 in float32, and the rounding of the sum.
+            RecordingError: no factor makes the recorded gradient that of the samples, to 1e-9 of each tensor's norm
+                (float32: 1e-3) and the rounding of the sum.
         """
 
         def tried() -> float:
@@ -145,18 +145,16 @@ class SampleGradients:
             return tried()
 
     def nearest(self, recorded: Mapping[str, Tensor], *, factor: float = 1.0, limit: float | None = None) -> float:
-        """As :meth:`fit`, by least squares alone, whether the factor fits or not."""
+        """As :meth:`fit`, by least squares alone, whether it fits or not."""
         return nearest_factor(recorded, self.total(), declared=factor, limit=limit)
 
     def _rounding(self) -> dict[str, float]:
         """How large the rounding errors of :meth:`total` may be, by parameter.
 
-        Two things are measured, with signs drawn at random, and not bounded from the operations, which a model does
-        not tell. What rounding makes of each sample's gradient moves their sum as ``eps sum_k +-g_k`` does. And the
-        gradient moves with the weights: a dot product in finite arithmetic is an exact one of numbers that are off by
-        eps, so weights off by eps show what the rounding of the outputs does to the cotangents. Of a loss that is
-        almost zero these are differences of almost equal numbers, with hardly a digit left. The factor 64 is for the
-        lengths of the dot products, and for luck.
+        Two things are measured, with signs drawn at random. What rounding makes of each sample's gradient moves their
+        sum as ``eps sum_k +-g_k`` does. And the gradient moves with the weights: a dot product in finite arithmetic is
+        an exact one of numbers that are off by eps, so weights off by eps show what the rounding of the outputs does to
+        the cotangents. The factor 64 is for the lengths of the dot products, and for luck.
         """
         generator = torch.Generator().manual_seed(0)
         eps = torch.finfo(self._dtype).eps
@@ -191,13 +189,18 @@ class SampleGradients:
 
     def _summed(self, key: str, weights: Tensor) -> Gradients:
         if key not in self._sums:
-            self._sums[key] = {n: t[0] for n, t in self.weighted(weights.unsqueeze(0)).items()}
+            self._sums[key] = {n: t[0] for n, t in self.weighted(weights[None]).items()}
         return self._sums[key]
 
     @property
     def together(self) -> bool:
         """Whether there are samples that only pass through the model together."""
         return any(point.together for point in self._points)
+
+    @property
+    def way(self) -> str | None:
+        """How gradients of single samples were taken, None where vectorised by ``torch.func``."""
+        return None if self._derivatives.way == VECTORISED else self._derivatives.way
 
     def loss_couples(self) -> bool:
         """Whether the loss couples samples, so that a share through a sample's outputs is not its own loss term's."""
@@ -206,8 +209,7 @@ class SampleGradients:
 
     def _go_together(self) -> bool:
         """Take no sample for independent of the others any more; False where none was."""
-        apart = [point for point in self._points if not point.together]
-        for point in apart:
+        for point in (apart := [point for point in self._points if not point.together]):
             point.go_together()
         self._sums.clear()
         return bool(apart)

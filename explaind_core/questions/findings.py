@@ -28,6 +28,7 @@ class Findings:
             refused.
         unattributed_largest: the largest entry of the term that this makes, in units of the output; None where
             there is no such term.
+        gradients_by: how samples' gradients were taken, where not by ``torch.func``, vectorised.
         loss_couples: whether the loss couples samples, so that a share through a sample's own outputs is not the
             gradient of its own loss term.
 
@@ -43,6 +44,7 @@ class Findings:
     unattributed_gradient: float | None = None
     unattributed_largest: float | None = None
     loss_couples: bool = False
+    gradients_by: str | None = None
 
     def __or__(self, later: Findings) -> Findings:
         factors = [f for pair in (self.gradient_factor, later.gradient_factor) if pair is not None for f in pair]
@@ -53,6 +55,7 @@ class Findings:
             entries_clipped=sum(clipped) if clipped else None,
             samples_together=self.samples_together or later.samples_together,
             loss_couples=self.loss_couples or later.loss_couples,
+            gradients_by=self.gradients_by or later.gradients_by,
             unattributed_gradient=_larger(self.unattributed_gradient, later.unattributed_gradient),
             unattributed_largest=_larger(self.unattributed_largest, later.unattributed_largest),
         )
@@ -64,6 +67,7 @@ class Findings:
             "gradient_factor": None if self.gradient_factor is None else list(self.gradient_factor),
             "entries_clipped": self.entries_clipped,
             "samples_together": _TOGETHER if self.samples_together else None,
+            "sample_gradients": self.gradients_by,
             "loss_couples_samples": _LOSS_COUPLES if self.loss_couples else None,
             "unattributed_gradient": self.unattributed_gradient,
             "unattributed_largest": self.unattributed_largest,
@@ -80,7 +84,7 @@ class Findings:
         Example:
             >>> Findings.of({"dtype": "float32", "entries_clipped": 3})
             Findings(tail_dropped=None, gradient_factor=None, entries_clipped=3, samples_together=False,
-            unattributed_gradient=None, unattributed_largest=None, loss_couples=False)
+            unattributed_gradient=None, unattributed_largest=None, loss_couples=False, gradients_by=None)
         """
         factor = attributes.get("gradient_factor")
         return cls(
@@ -89,6 +93,7 @@ class Findings:
             entries_clipped=attributes.get("entries_clipped"),
             samples_together="samples_together" in attributes,
             loss_couples="loss_couples_samples" in attributes,
+            gradients_by=attributes.get("sample_gradients"),
             unattributed_gradient=attributes.get("unattributed_gradient"),
             unattributed_largest=attributes.get("unattributed_largest"),
         )

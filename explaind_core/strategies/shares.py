@@ -94,7 +94,7 @@ class GradientSplitter:
     def _note_coupling(self) -> None:
         """Samples may turn out to be coupled only when their gradients are taken: the step before is asked late."""
         if self._last is not None:
-            self._found |= Findings(samples_together=self._last.together)
+            self._found |= Findings(samples_together=self._last.together, gradients_by=self._last.way)
 
     def shares(self, split: StepDecomposition, names: list[str]) -> Shares:
         """The shares of one step's samples.

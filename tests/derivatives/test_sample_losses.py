@@ -122,7 +122,7 @@ def check(run: explaind.Run, loss: Any, inputs: torch.Tensor, targets: torch.Ten
     if "strategy" not in options:
         with pytest.MonkeyPatch.context() as patch:  # rows are told by their values, which nothing vectorised knows
             patch.setattr(torch.func, "vmap", _refusing)
-            patch.setattr("explaind_core.derivatives.explained_function.vmap", _refusing)
+            patch.setattr("explaind_core.derivatives.differentiator.vmap", _refusing)
             expected = explaind.attribute(run, inputs, output=one_by_one, **question)
         np.testing.assert_allclose(result.kernel, expected.kernel, rtol=0, atol=1e-12)
 
