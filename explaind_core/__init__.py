@@ -29,6 +29,7 @@ from explaind_core.scores import (
     top_samples,
 )
 from explaind_core.store import StoreSize, store_size
+from explaind_core.training_step import PerRow, Shared
 
 __all__ = [
     "Activation",
@@ -40,11 +41,13 @@ __all__ = [
     "Loss",
     "Output",
     "Outputs",
+    "PerRow",
     "Plan",
     "RecordedStep",
     "Recorder",
     "Run",
     "Sample",
+    "Shared",
     "StepCoefficients",
     "StoreSize",
     "UpdateRule",

@@ -73,7 +73,7 @@ class BatchPoint:
         shares: str = "outputs",
     ) -> None:
         self.model, self.state, self.start, self.n = model, state, start, len(micro.ids)
-        self.forward = micro.forward
+        self.forward, self.rows = micro.forward, micro.rows
         self.coarse = self.forward is not None and self.forward.autocast is not None
         self._takes_gradients = False
         self.together = False  # until something shows that samples are not independent
@@ -125,7 +125,7 @@ class BatchPoint:
                 )
         self.used, self.cotangents = list(found), list(found.values())
         self._whole, self._result = list(self._used(result, self.n)), result
-        if self.coarse or self._draws() or self._takes_statistics() or not self._independent(self._whole):
+        if self._certainly_coupled() or not self._independent(self._whole):
             self.go_together()
         self.activation = self._largest_activation()
 
@@ -169,6 +169,9 @@ class BatchPoint:
         self.together = True
         self._check_repeatable(self._whole)
 
+    def _certainly_coupled(self) -> bool:
+        return self.coarse or self.rows.ragged or self._draws() or self._takes_statistics()
+
     def _draws(self) -> bool:
         """Whether random numbers were drawn in the pass: a sample alone would be given those of another one."""
         return self.forward is not None and bool(self.forward.rng)
@@ -204,7 +207,7 @@ class BatchPoint:
         for rows in (slice(0, 1), spread) if self.n > 1 else ():
             try:
                 part = self.outputs({}, rows)
-            except (RuntimeError, ValueError):  # batch normalisation of a single sample, a fixed batch size
+            except (RuntimeError, ValueError, IndexError):  # statistics of one sample, a fixed batch size, edges
                 return False
             for expected, found in zip((t[rows] for t in whole), part, strict=True):
                 if _difference(found, expected) is not None:
@@ -254,8 +257,9 @@ class BatchPoint:
         same = [t.numel() == math.prod(shape) for t, shape in zip(found, shapes, strict=True)]
         return tuple(t.reshape(s) if fits else t for t, s, fits in zip(found, shapes, same, strict=True))
 
-    def _per_sample(self, leaf: Tensor) -> bool:
-        return leaf.ndim > 0 and len(leaf) == self.n  # what has no row per sample is the same for all of them
+    def _per_sample(self) -> list[bool]:
+        """Of every tensor of the inputs; what has no row per sample is the same for all of them."""
+        return [self.rows.per_sample(i, t, self.n) for i, t in enumerate(trees.leaves(self.inputs))]
 
     def outputs(self, parameters: Mapping[str, Tensor], rows: slice | Tensor) -> tuple[Tensor, ...]:
         """The used outputs of the samples ``rows``, the parameters that are not given held constant.
@@ -270,7 +274,7 @@ class BatchPoint:
             return self._used(self._run(parameters, self.inputs), self.n)
         if self.together:
             return tuple(t[rows] for t in self._used(self._run(parameters, self.inputs), self.n))
-        taken = trees.map_tensors(lambda t: t[rows] if self._per_sample(t) else t, self.inputs)
+        taken = self.rows.take(self.inputs, rows, self.n)
         return self._used(
             self._run(parameters, taken), len(range(self.n)[rows]) if isinstance(rows, slice) else len(rows)
         )
@@ -285,7 +289,8 @@ class BatchPoint:
 
     def sample_inputs(self, rows: slice) -> tuple[Tensor, ...]:
         """What :meth:`sample_outputs` is to be mapped over."""
-        return tuple(t[rows] for t in trees.leaves(self.inputs) if self._per_sample(t))
+        leaves = zip(trees.leaves(self.inputs), self._per_sample(), strict=True)
+        return tuple(t[rows] for t, owned in leaves if owned)
 
     def sample_outputs(self, parameters: Mapping[str, Tensor], sample: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The used outputs of one sample, ``[1, ...]`` each.
@@ -294,8 +299,8 @@ class BatchPoint:
             parameters: those that the outputs are a function of, by name.
             sample: its inputs, one element of :meth:`sample_inputs`.
         """
-        given = iter(sample)
-        taken = trees.map_tensors(lambda t: next(given).unsqueeze(0) if self._per_sample(t) else t, self.inputs)
+        given, owned = iter(sample), iter(self._per_sample())
+        taken = trees.map_tensors(lambda t: next(given).unsqueeze(0) if next(owned) else t, self.inputs)
         return self._used(self._run(parameters, taken), 1)
 
     def _largest_activation(self) -> int:

@@ -23,8 +23,8 @@ from explaind_core.derivatives.habits import Habits
 from explaind_core.derivatives.kernels import differentiable_kernels
 from explaind_core.derivatives.module_attributes import ModuleAttributes
 from explaind_core.derivatives.outputs import Output, Rows, flat_rows
-from explaind_core.errors import ExplaindError, QuestionError
-from explaind_core.training_step import run_model
+from explaind_core.errors import ExplaindError
+from explaind_core.training_step import InputRows, run_model
 
 __all__ = ["ExplainedFunction", "FunctionAtStep", "differentiable_kernels"]
 
@@ -81,22 +81,15 @@ class ExplainedFunction:
         reference = next(model.parameters())
         self.device, self.dtype = reference.device, reference.dtype
         self._buffers = self.on_device(buffers)
-        self.inputs = trees.map_tensors(lambda t: t.detach().to(self.device), inputs)
-        sizes = {len(t) if t.ndim else 0 for t in trees.leaves(self.inputs)}
-        if len(sizes) != 1 or 0 in sizes:
-            raise QuestionError(
-                "the test inputs are not a batch",
-                where="inputs",
-                expected="tensors with the same, non-zero number of samples",
-                got=sorted(sizes) or type(inputs).__name__,
-            )
-        given = sizes.pop()
+        plain, self.input_rows = InputRows.split(inputs)
+        self.inputs = trees.map_tensors(lambda t: t.detach().to(self.device), plain)
+        given = self.input_rows.samples(self.inputs)
         output.check(model, given)
         #: Which of the given samples are explained, in order.
         self.rows = torch.arange(given) if rows is None else torch.tensor(rows, dtype=torch.int64)
         self.all_rows = rows is None
         self.samples, self.given, self.chunk = len(self.rows), given, chunk
-        self.together, self.habits = random_state is not None, Habits()
+        self.together, self.habits = random_state is not None or self.input_rows.ragged, Habits()
         self.examined = False
         #: J, once the function was evaluated.
         self.outputs = 1
@@ -209,6 +202,8 @@ class FunctionAtStep:
 
     def _evaluate_rows(self, theta: Parameters, rows: Rows, count: int) -> Tensor:
         function, buffers = self.function, self.buffers
+        if function.input_rows.ragged and count != function.given:
+            return self._evaluate_rows(theta, slice(0, function.given), function.given)[rows]
         if function.habits.writes:
             buffers = {n: t.clone() for n, t in buffers.items()}
         state = {**theta, **buffers}
@@ -216,7 +211,7 @@ class FunctionAtStep:
         def call(inputs: Any) -> Any:
             return run_model(lambda *a, **k: functional_call(function.model, state, a, k), inputs)
 
-        chunk = trees.map_tensors(lambda t: t[rows], function.inputs)
+        chunk = function.input_rows.take(function.inputs, rows)
         with function.evaluating():
             return flat_rows(function.output.values(function.model, call, chunk, rows), count)
 
@@ -260,6 +255,10 @@ class FunctionAtStep:
         except ExplaindError:
             self.values(theta)  # as it is said of all samples
             raise
+        except (RuntimeError, IndexError, ValueError):  # nodes that are linked to others, statistics of a batch
+            with differentiable_kernels():
+                every = self.alone(self.function.on_device(theta), slice(0, self.function.given))
+            self.function.outputs = every.shape[1]
         return self.function.outputs
 
     def alone(self, theta: Parameters, rows: Rows) -> Tensor:

@@ -9,7 +9,6 @@ from typing import Any, Unpack, cast
 
 import torch
 
-from explaind_core import trees
 from explaind_core.decomposition import StepDecomposition, check_update, term_names
 from explaind_core.derivatives import ExplainedFunction, Quadrature, as_output
 from explaind_core.errors import QuestionError
@@ -28,6 +27,7 @@ from explaind_core.questions.restrictions import (
     segments_of,
 )
 from explaind_core.run import Run
+from explaind_core.training_step import InputRows
 
 __all__ = ["AXES", "GRADIENT_AXES", "Question"]
 
@@ -277,8 +277,9 @@ def _joined(windows: Sequence[Window], chords: int) -> tuple[tuple[Window, ...],
 
 
 def _samples(inputs: Any) -> int:
-    """The number of test samples; whether the inputs are a batch at all is checked where they are used."""
-    return next((len(t) for t in trees.leaves(inputs) if t.ndim), 0)
+    """The number of test samples."""
+    plain, rows = InputRows.split(inputs)
+    return rows.samples(plain)
 
 
 def _check_keep(keep: Sequence[str]) -> tuple[str, ...]:

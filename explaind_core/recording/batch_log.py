@@ -15,7 +15,7 @@ from explaind_core.data import IndexedDataset
 from explaind_core.errors import QuestionError, RecordingError
 from explaind_core.store import RunStore
 from explaind_core.tensors import copied
-from explaind_core.training_step import BatchContent, ForwardState, read_again
+from explaind_core.training_step import BatchContent, ForwardState, InputRows, read_again
 
 __all__ = ["BatchLog"]
 
@@ -55,11 +55,12 @@ class BatchLog:
         self._scales: list[float] = []
         self.keeps_contents = False
         self.contents: list[BatchContent] = []
+        self.rows: list[InputRows] = []
 
     def clear(self) -> None:
         """Forget what was declared."""
         self.entries, self.ids, self.forwards, self._scales, self.contents = [], [], [], [], []
-        self.reread = []
+        self.reread, self.rows = [], []
 
     def tensors(self) -> dict[str, Tensor]:
         """What a step file holds of the batches.
@@ -70,6 +71,8 @@ class BatchLog:
         found = {f"ids/{index}": ids for index, ids in enumerate(self.ids)}
         for index, forward in enumerate(self.forwards):
             found |= {f"rng/{index}/{device}": state for device, state in (forward.rng if forward else {}).items()}
+        for index, said in enumerate(self.rows):
+            found |= {f"owners/{index}/{leaf}": owners for leaf, owners in said.owners.items()}
         for index, known_by in enumerate(self.reread):
             found |= {f"{name}/{index}": tensor for name, tensor in known_by.items()}
         return found
@@ -143,7 +146,7 @@ class BatchLog:
                 remedy="draw the batch outside the closure",
             )
         del self.entries[first:], self.ids[first:], self.forwards[first:], self._scales[first:], self.contents[first:]
-        del self.reread[first:]
+        del self.reread[first:], self.rows[first:]
 
     def declare(
         self,
@@ -188,14 +191,21 @@ class BatchLog:
                 expected="a 1-d sequence of integers",
                 got=f"shape {tuple(ids.shape)}, dtype {ids.dtype}",
             )
-        for name, tree in (("inputs", inputs), ("targets", targets)):
-            for tensor in trees.leaves(tree)[:1]:
+        inputs, said = InputRows.split(inputs)
+        said.check(len(ids), where)
+        owned = [t for i, t in enumerate(trees.leaves(inputs)) if i not in said.shared and i not in said.owners]
+        for name, tensors in (("inputs", owned), ("targets", trees.leaves(targets))):
+            for tensor in tensors[:1]:
                 if tensor.ndim == 0 or len(tensor) != len(ids):
                     raise RecordingError(
                         f"ids and {name} do not have the same number of samples",
                         where=where,
                         expected=f"{len(tensor) if tensor.ndim else 'a batch axis and its number of'} ids",
                         got=f"{len(ids)} ids",
+                        remedy="say explaind.Shared(tensor) of an input that belongs to no sample (a mask, edges), "
+                        "explaind.PerRow(tensor, sample) of one whose rows belong to samples (the nodes of graphs)"
+                        if name == "inputs"
+                        else None,
                     )
         bad = ids[(ids < 0) | (ids >= (self._train_size if self._train_size is not None else math.inf))]
         if len(bad):
@@ -215,7 +225,9 @@ class BatchLog:
         elif content.hash not in self._seen_hashes and not self._store.batch_path(content.hash).exists():
             self._store.write_tensors(self._store.batch_path(content.hash), content.structure, content.tensors)
         self._seen_hashes.add(content.hash)
-        self.entries.append({"key": content.hash, "weight": float(weight)} | ({} if self._stored else {"reread": True}))
+        entry = {"key": content.hash, "weight": float(weight)} | ({} if self._stored else {"reread": True})
+        self.entries.append(entry | ({"rows": said.header()} if said else {}))
+        self.rows.append(said)
         self.ids.append(ids)
         self.forwards.append(forward)
         if self.keeps_contents:

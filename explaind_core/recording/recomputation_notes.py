@@ -77,9 +77,9 @@ class RecomputationNotes:
         seen.buffers_before = self._moved_buffers
         if batches.keeps_contents and batches.contents:
             batch = [
-                MicroBatch(ids, content.inputs, content.targets, entry["weight"], forward)
-                for ids, content, entry, forward in zip(
-                    batches.ids, batches.contents, batches.entries, batches.forwards, strict=True
+                MicroBatch(ids, content.inputs, content.targets, entry["weight"], forward, rows)
+                for ids, content, entry, forward, rows in zip(
+                    batches.ids, batches.contents, batches.entries, batches.forwards, batches.rows, strict=True
                 )
             ]
             self._early_check.check(batch, self._buffers_before or {}, seen.gradients, seen.clips, step)

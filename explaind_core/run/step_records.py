@@ -16,7 +16,7 @@ from explaind_core.data import IndexedDataset
 from explaind_core.errors import QuestionError, StoreError
 from explaind_core.run.metrics import metrics_of
 from explaind_core.store import DTYPES, LOG_NAME, STEP, RunStore, mismatch
-from explaind_core.training_step import Batch, ForwardState, MicroBatch, ParameterInfo, read_again
+from explaind_core.training_step import Batch, ForwardState, InputRows, MicroBatch, ParameterInfo, read_again
 
 __all__ = ["StepRecords"]
 
@@ -262,13 +262,16 @@ class StepRecords:
         """
         self.check_step(s)
         entries, micro = self._header(s)["batches"], []
-        states = self._step_tensors(s, "rng/", "rows/", "draws/")
+        states = self._step_tensors(s, "rng/", "rows/", "draws/", "owners/")
         for index, (ids, entry) in enumerate(zip(self._ids(s, len(entries)), entries, strict=True)):
             prefix = f"rng/{index}/"
             rng = {n.removeprefix(prefix): t for n, t in states.items() if n.startswith(prefix)}
             forward = ForwardState.stored(entry.get("forward"), rng)
             inputs, targets = self._content(s, entry, ids, states, index)
-            micro.append(MicroBatch(ids, inputs, targets, entry["weight"], forward))
+            prefix = f"owners/{index}/"
+            owners = {int(n.removeprefix(prefix)): t for n, t in states.items() if n.startswith(prefix)}
+            rows = InputRows.stored(entry.get("rows"), owners)
+            micro.append(MicroBatch(ids, inputs, targets, entry["weight"], forward, rows))
         return Batch(tuple(micro))
 
     def _content(

@@ -10,6 +10,7 @@ from explaind_core.training_step.batch_content import BatchContent
 from explaind_core.training_step.environment import differences, environment, git_commit, provenance, threads
 from explaind_core.training_step.fingerprints import fingerprint
 from explaind_core.training_step.forward_state import ForwardState, random_state
+from explaind_core.training_step.input_rows import InputRows, PerRow, Shared
 from explaind_core.training_step.losses import LossFunction, describe_loss, rebuild_loss
 from explaind_core.training_step.model import ModelCall, ParameterInfo, run_model
 from explaind_core.training_step.optimizers import rebuild_optimizer
@@ -23,12 +24,15 @@ __all__ = [
     "BatchContent",
     "ForwardState",
     "GradientFunction",
+    "InputRows",
     "LossFunction",
     "MicroBatch",
     "ModelCall",
     "ParameterInfo",
+    "PerRow",
     "Recipe",
     "SampleLosses",
+    "Shared",
     "candidates",
     "describe_loss",
     "differences",

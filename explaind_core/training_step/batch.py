@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from explaind_core.errors import QuestionError
 from explaind_core.training_step.forward_state import ForwardState
+from explaind_core.training_step.input_rows import InputRows
 
 __all__ = ["Batch", "MicroBatch"]
 
@@ -24,6 +25,7 @@ class MicroBatch:
         targets: the loss's second argument, as declared.
         weight: the factor of its loss.
         forward: how the model stood when it was passed through; None where no pass was seen.
+        rows: what was said of which rows of the inputs belong to which sample.
     """
 
     ids: Tensor
@@ -31,6 +33,7 @@ class MicroBatch:
     targets: Any
     weight: float
     forward: ForwardState | None = None
+    rows: InputRows = field(default_factory=InputRows)
 
 
 @dataclass(frozen=True)

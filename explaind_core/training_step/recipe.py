@@ -12,7 +12,7 @@ the loop's own: the result is compared bit by bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -170,7 +170,7 @@ def _on(micro: MicroBatch, device: torch.device) -> MicroBatch:
     inputs, targets = (
         trees.map_tensors(lambda t: t.detach().clone().to(device), t) for t in (micro.inputs, micro.targets)
     )
-    return MicroBatch(micro.ids, inputs, targets, micro.weight, micro.forward)
+    return replace(micro, inputs=inputs, targets=targets)
 
 
 def _clip(parameters: list[nn.Parameter], clips: Iterable[Sequence[Any]]) -> None:
