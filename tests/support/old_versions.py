@@ -140,7 +140,10 @@ def answers(run: explaind.Run) -> dict[str, list[str]]:
     found = {
         f"split/{n}": floats(split[n].values) for n in ("kernel", "regularization", "residual", "initial", "final")
     }
-    found |= {f"walked/{n}": floats(walked[n].values) for n in ("kernel", "regularization", "residual")}
+    found |= {f"walked/{n}": floats(walked[n].values) for n in ("kernel", "regularization")}
+    # What rounding leaves of a bias before a normalisation was in the residual then.
+    left = walked.residual + walked.unattributed if "unattributed" in walked else walked.residual
+    found["walked/residual"] = floats(left.values)
     optimizer = (
         [torch.optim.SGD(model[0].parameters(), lr=0.1, momentum=0.9), torch.optim.AdamW(model[1:].parameters())]
         if len(run.optimizers) > 1
