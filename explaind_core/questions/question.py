@@ -15,6 +15,7 @@ from explaind_core.errors import QuestionError
 from explaind_core.questions.arguments import AXES, QuestionArguments, spelled_out
 from explaind_core.questions.layers import Layer, resolve_layers
 from explaind_core.questions.memory import parse_memory
+from explaind_core.questions.model_check import check_model
 from explaind_core.questions.restrictions import (
     Segment,
     TrainEntries,
@@ -100,6 +101,7 @@ class Question:
             raise QuestionError(
                 "the run was opened without its model", where=run.path, remedy="open_run(path, model=model)"
             )
+        check_model(run)
         given = arguments
         kept, chords = _check_keep(given["keep"]), given["chords"]
         _check_choices(given)

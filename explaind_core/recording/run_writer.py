@@ -20,7 +20,7 @@ from explaind_core.recording.last_state import LastState, state_at_start
 from explaind_core.recording.subject import Subject
 from explaind_core.store import FORMAT, VERSION, RunStore, WriteQueue
 from explaind_core.tensors import check_parameters, copied
-from explaind_core.training_step import describe_loss, environment, provenance
+from explaind_core.training_step import describe_loss, environment, model_parts, provenance
 
 __all__ = ["RunWriter", "SeenStep"]
 
@@ -154,6 +154,7 @@ class RunWriter:
             "environment": environment(subject.device),
             "provenance": provenance(),
             "model": qualified_name(type(subject.model)),
+            "modules": model_parts(subject.model),
             **subject.described(),
             "loss": describe_loss(loss),
             "evaluates_elsewhere": rule.evaluates_elsewhere,

@@ -83,6 +83,8 @@ class Run(ExplainedSteps):
         #: As it was given: of a run that is computed again, not even an evaluation mode may be set for good.
         self._architecture = None if model is None or self.mode == "steps" else plain_copy(model)
         self._models: dict[bool, nn.Module] = {}
+        #: Whether the model is known to be the recorded one, or meant to be another.
+        self.model_accepted = False
 
     def __repr__(self) -> str:
         return (
@@ -90,6 +92,14 @@ class Run(ExplainedSteps):
             f"{sum(p.shape.numel() for p in self.parameters.values()):,} parameters"
             f"{f', explained by {self.rule}' if self.rule is not None and self.rule.inferred else ''})"
         )
+
+    def accept_model(self) -> None:
+        """Take the model as it is, though it is made of other modules than the recorded one, or other code.
+
+        Otherwise the first question compares: a model that is made of something else must give the gradient that was
+        recorded of the first batch.
+        """
+        self.model_accepted = True
 
     def explained_by(self, rule: UpdateRule) -> Run:
         """The same run, explained by another rule.

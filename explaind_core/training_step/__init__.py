@@ -13,6 +13,7 @@ from explaind_core.training_step.forward_state import ForwardState, random_state
 from explaind_core.training_step.input_rows import InputRows, PerRow, Shared
 from explaind_core.training_step.losses import LossFunction, describe_loss, rebuild_loss
 from explaind_core.training_step.model import ModelCall, ParameterInfo, run_model
+from explaind_core.training_step.model_parts import different_parts, model_parts
 from explaind_core.training_step.optimizers import rebuild_optimizer
 from explaind_core.training_step.recipe import GradientFunction, Recipe, candidates, different
 from explaind_core.training_step.reread import read_again
@@ -37,10 +38,12 @@ __all__ = [
     "describe_loss",
     "differences",
     "different",
+    "different_parts",
     "environment",
     "fingerprint",
     "git_commit",
     "loss_of",
+    "model_parts",
     "provenance",
     "random_state",
     "read_again",
