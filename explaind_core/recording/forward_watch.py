@@ -7,14 +7,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from explaind_core import trees
+from explaind_core.errors import RecordingError
 from explaind_core.naming import COMPILED, inner_name, plain, plain_name, wrapping
 from explaind_core.recording.model_calls import ModelCalls
 from explaind_core.recording.wrapped import autocast_inside
 from explaind_core.training_step import ForwardState, random_state
 
 __all__ = ["ForwardWatch"]
+
+#: Passes that are held until one of them is known to be the declared batch's.
+_HELD = 16
 
 
 class ForwardWatch:
@@ -49,24 +54,52 @@ class ForwardWatch:
         self._devices = [torch.device("cpu"), *sorted(devices, key=str)]
         # Autocast is asked for where the model lies; on the processor for parts of it that lie there.
         self._types = list(dict.fromkeys(device.type for device in reversed(self._devices)))
-        self._seen: ForwardState | None = None
+        #: Since the last look: how the model stood before each pass, and the tensors that it was given.
+        self._passes: list[tuple[ForwardState, list[Tensor]]] = []
         self._watched = _watched(model)
         self._handles = [module.register_forward_pre_hook(self._before, with_kwargs=True) for module in self._watched]
         self._handles += [module.register_forward_hook(self._after, always_call=True) for module in self._watched]
 
-    def take(self) -> ForwardState | None:
-        """How the model stood before the first pass since the last call.
+    def take(self, inputs: Any = None) -> ForwardState | None:
+        """How the model stood before a pass since the last call: the one that was given ``inputs``, or else the first.
 
         A random state is kept only where the generator has been drawn from since: by the model, or by the loss.
+
+        Args:
+            inputs: of the pass that is meant, where there may be others (a validation with gradients); None for any.
 
         Returns:
             None where there was no pass.
         """
-        seen, self._seen = self._seen, None
-        if seen is None:
+        passes, self._passes = self._passes, []
+        if not passes:
             return None
+        meant = [p for p in passes if _given(p[1], inputs)] if len(passes) > 1 and inputs is not None else []
+        seen = (meant or passes)[0][0]
         drawn = {name: state for name, state in seen.rng.items() if not torch.equal(state, random_state(name))}
         return replace(seen, rng=drawn)
+
+    def check_declared(self, inputs: Any, targets: Any, where: str) -> None:
+        """Refuse inputs and targets that are declared one for the other.
+
+        Args:
+            inputs: as they are declared.
+            targets: likewise.
+            where: for the error.
+
+        Raises:
+            RecordingError: the model was given the targets, and not the inputs.
+        """
+        calls = [given for _, given in self._passes]
+        if any(_given(call, inputs) for call in calls) or not any(_given(call, targets) for call in calls):
+            return
+        raise RecordingError(
+            "inputs and targets are declared one for the other",
+            where=where,
+            expected="first what the model was called with, then what the loss compares its outputs with",
+            got="targets that the model was called with",
+            remedy="recorder.batch(inputs, targets, ids=ids)",
+        )
 
     def close(self) -> None:
         """Stop watching."""
@@ -84,23 +117,38 @@ class ForwardWatch:
         if torch.compiler.is_compiling() or not any(module is watched for watched in self._watched):
             return
         self.calls.begin(module, args, kwargs)
-        if self._seen is not None or not torch.is_grad_enabled():
+        if self.calls.nested or not torch.is_grad_enabled():
             return
-        self._first()
+        if not self._passes:
+            self._first()
         training = self._model.training
         cast = next((kind for kind in self._types if torch.is_autocast_enabled(kind)), None)
         inside = None if cast is not None else autocast_inside(self._model)
-        self._seen = ForwardState(
+        state = ForwardState(
             training,
             tuple(name for name, module in self._names if module.training is not training),
             str(torch.get_autocast_dtype(cast)) if cast is not None else str(inside.fast_dtype) if inside else None,
             cast if cast is not None else inside.device if inside else self._types[0],
             {str(device): random_state(device) for device in self._devices},
         )
+        self._passes.append((state, trees.leaves((args, kwargs))))
+        if len(self._passes) > _HELD:  # a validation of many batches: the first pass and the last ones
+            del self._passes[1]
 
     def _after(self, module: nn.Module, _inputs: Any, output: Any) -> None:
         if not torch.compiler.is_compiling() and any(module is watched for watched in self._watched):
             self.calls.end(output)
+
+
+def _given(call: list[Tensor], declared: Any) -> bool:
+    """Whether a call was given all tensors that are declared."""
+    tensors = trees.leaves(declared)
+
+    def there(tensor: Tensor) -> bool:
+        alike = [t for t in call if t.shape == tensor.shape and t.dtype == tensor.dtype and t.layout == tensor.layout]
+        return any(t is tensor or (t.layout == torch.strided and torch.equal(t, tensor.to(t.device))) for t in alike)
+
+    return bool(tensors) and all(map(there, tensors))
 
 
 def _watched(model: nn.Module) -> list[nn.Module]:

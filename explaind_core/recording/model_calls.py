@@ -93,6 +93,11 @@ class ModelCalls:
         self._running: list[_Call] = []
         self._passes: list[_BackwardPass] = []
 
+    @property
+    def nested(self) -> bool:
+        """Whether a watched module is being called inside the call of another one."""
+        return len(self._running) > 1
+
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A watched module is called; inside the call of another one it is a part of that.
 

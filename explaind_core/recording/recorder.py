@@ -29,7 +29,7 @@ from explaind_core.recording.wrapped import check_wrappers, scaler_inside
 from explaind_core.rules import RegisteredRule, Registry, UpdateRule, default_registry, each_optimizer, each_rule
 from explaind_core.run import OptimizerFactory
 from explaind_core.store import RunStore, check_space, store_size
-from explaind_core.training_step import GradientFunction
+from explaind_core.training_step import GradientFunction, InputRows
 
 __all__ = ["Recorder"]
 
@@ -230,7 +230,10 @@ class Recorder:
         self._writer.queue.check()
         if self._recomputation is not None:
             self._recomputation.expect_batch()
-        self._batches.declare(inputs, targets, ids, weight, self.steps + 1, self._watch.forwards.take(), scale, draws)
+        forwards, (plain, _) = self._watch.forwards, InputRows.split(inputs)
+        if self.steps == 0:
+            forwards.check_declared(plain, targets, "batch of step 1")
+        self._batches.declare(inputs, targets, ids, weight, self.steps + 1, forwards.take(plain), scale, draws)
 
     def discard_batch(self) -> None:
         """Forget the batches declared since the last step: their gradients will not be used.

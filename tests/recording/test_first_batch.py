@@ -72,3 +72,52 @@ def test_gradients_of_zero_are_gradients(tmp_path):
         recorder.batch(X, Y, ids=range(8), weight=0.0)
         optimizer.step()
     assert len(explaind.open_run(tmp_path / "run", model=model).steps) == 1
+
+
+@pytest.mark.parametrize("targets", [Y, torch.randn(8, 4)])
+def test_inputs_and_targets_declared_one_for_the_other(tmp_path, targets):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4 if targets.is_floating_point() else 3)
+    loss = nn.MSELoss() if targets.is_floating_point() else nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with explaind.Recorder(tmp_path / "run", model, optimizer, loss) as recorder:
+        loss(model(X), targets).backward()
+        with pytest.raises(RecordingError, match="one for the other"):
+            recorder.batch(targets, X, ids=range(8))
+        recorder.batch(X, targets, ids=range(8))
+        optimizer.step()
+    assert len(explaind.open_run(tmp_path / "run", model=model).steps) == 1
+
+
+def test_an_autoencoder_and_inputs_that_the_loop_prepares_are_taken(tmp_path):
+    torch.manual_seed(0)
+    model, loss = nn.Linear(4, 4), nn.MSELoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with explaind.Recorder(tmp_path / "run", model, optimizer, loss) as recorder:
+        for inputs in (X, X * 2):  # the second is declared otherwise than it was passed
+            optimizer.zero_grad()
+            loss(model(inputs), X).backward()
+            recorder.batch(X, X, ids=range(8))
+            optimizer.step()
+    assert len(explaind.open_run(tmp_path / "run", model=model).steps) == 2
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_a_validation_with_gradients_before_the_training_pass(tmp_path, count):
+    """The random state of a step's dropout is that of the pass over its batch, whichever passes came before."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 3)).double()
+    loss, optimizer = nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1)
+    x, others = X.double(), torch.randn(8, 4).double()
+    with explaind.Recorder(tmp_path / "run", model, optimizer, loss) as recorder:
+        for _ in range(2):
+            optimizer.zero_grad()
+            for k in range(count):
+                loss(model(others + k), Y)  # nobody wrote no_grad()
+            loss(model(x), Y).backward()
+            recorder.batch(x, Y, ids=range(8))
+            optimizer.step()
+    run = explaind.open_run(tmp_path / "run", model=model)
+    split = explaind.attribute(run, x[:2], keep=("train", "test"), nodes=2, progress=False)
+    summed = explaind.attribute(run, x[:2], keep=("test",), nodes=2, progress=False)
+    assert float(abs(split.kernel.sum("train") - summed.kernel).max()) < 1e-12
