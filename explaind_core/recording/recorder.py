@@ -24,6 +24,7 @@ from explaind_core.recording.run_writer import RunWriter
 from explaind_core.recording.scaler_watch import check_scaler
 from explaind_core.recording.step_watch import StepWatch
 from explaind_core.recording.subject import Subject
+from explaind_core.recording.time_first import check_time_first
 from explaind_core.recording.trained_loss import check_loss
 from explaind_core.recording.wrapped import check_wrappers, scaler_inside
 from explaind_core.rules import RegisteredRule, Registry, UpdateRule, default_registry, each_optimizer, each_rule
@@ -233,6 +234,7 @@ class Recorder:
         forwards, (plain, _) = self._watch.forwards, InputRows.split(inputs)
         if self.steps == 0:
             forwards.check_declared(plain, targets, "batch of step 1")
+            check_time_first(self._subject.model, plain, _count(ids), "batch of step 1")
         self._batches.declare(inputs, targets, ids, weight, self.steps + 1, forwards.take(plain), scale, draws)
 
     def discard_batch(self) -> None:
@@ -387,3 +389,7 @@ class Recorder:
     def _detach(self) -> None:
         self._stopped = True
         self._watch.detach()
+
+
+def _count(ids: Any) -> int:
+    return len(ids) if hasattr(ids, "__len__") else 0

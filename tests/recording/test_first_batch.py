@@ -121,3 +121,43 @@ def test_a_validation_with_gradients_before_the_training_pass(tmp_path, count):
     split = explaind.attribute(run, x[:2], keep=("train", "test"), nodes=2, progress=False)
     summed = explaind.attribute(run, x[:2], keep=("test",), nodes=2, progress=False)
     assert float(abs(split.kernel.sum("train") - summed.kernel).max()) < 1e-12
+
+
+class Sequence(nn.Module):
+    """A recurrent layer; time comes first where ``first`` says so, for the layer or for whoever calls the model."""
+
+    def __init__(self, kind, *, transposed, last):
+        super().__init__()
+        self.r = kind(4, 6) if kind is not nn.TransformerEncoderLayer else kind(4, 2, 8, dropout=0.0)
+        self.head = nn.Linear(6 if kind is not nn.TransformerEncoderLayer else 4, 3)
+        self.transposed, self.last = transposed, last
+
+    def forward(self, x):
+        x = x.transpose(0, 1) if self.transposed else x
+        h = self.r(x)
+        h = h[0] if isinstance(h, tuple) else h
+        h = self.head(h)
+        return h[-1] if self.last else h.transpose(0, 1) if self.transposed else h
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.TransformerEncoderLayer])
+def test_time_first_inputs_of_equal_axes(tmp_path, kind, transposed, last):
+    torch.manual_seed(0)
+    model = Sequence(kind, transposed=transposed, last=last)
+    x, y = torch.randn(6, 6, 4), torch.randint(3, (6,) if last else (6, 6))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loss(outputs, targets):
+        return nn.functional.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+
+    with explaind.Recorder(tmp_path / "run", model, optimizer, loss) as recorder:
+        loss(model(x), y).backward()
+        if transposed:
+            recorder.batch(x, y, ids=range(6))
+            optimizer.step()
+        else:
+            with pytest.raises(RecordingError, match="second axis"):
+                recorder.batch(x, y, ids=range(6))
+        assert model.training
