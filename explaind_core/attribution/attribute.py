@@ -46,13 +46,13 @@ def attribute(run: Run, inputs: Any, **arguments: Unpack[AttributionArguments]) 
 
     Returns:
         A Dataset over the kept axes: ``kernel``; without gradient_step and train ``regularization`` and, where there is
-        something to tell, ``prehistory`` (recording began with a used optimizer), ``penalty`` (a term of the loss that
-        depends on the parameters alone) and ``unattributed`` (what no sample explains of the gradients); over (step,
-        test, output) as far as kept ``residual``, ``omitted`` and, where buffers moved, ``statistics``; ``initial`` and
-        ``final`` over (test, output) as far as kept; ``nodes``, ``converged`` and
-        ``update_error`` over step. ``omitted`` is what restrictions left out: other layers, training samples and
-        gradient steps, and steps between those asked for. Along ``parameter`` stand positions in all parameters, one
-        behind the other, and ``tensor``, a number into ``attrs["tensors"]``.
+        something to tell, ``prehistory`` (recording began with a used optimizer, or a filter starts elsewhere than at
+        zero), ``penalty`` (a term of the loss that depends on the parameters alone) and ``unattributed`` (what no
+        sample explains of the gradients); over (step, test, output) as far as kept ``residual``, ``omitted`` and, where
+        buffers moved, ``statistics``; ``initial`` and ``final`` over (test, output) as far as kept; ``nodes``,
+        ``converged`` and ``update_error`` over step. ``omitted`` is what restrictions left out: other layers, training
+        samples and gradient steps, and steps between those asked for. Along ``parameter`` stand positions in all
+        parameters, one behind the other, and ``tensor``, a number into ``attrs["tensors"]``.
 
     Raises:
         QuestionError, LayerError: an argument makes no sense; the result does not fit into ``memory``.

@@ -9,9 +9,9 @@ import xarray as xr
 
 __all__ = ["TERMS", "closure_error", "summed"]
 
-#: The terms a result may hold; prehistory only where recording began with a used optimizer, penalty where the loss had
-#: one, unattributed where what the samples do not explain of a gradient is carried, statistics where buffers moved,
-#: change only where there are checkpoints and nothing else.
+#: The terms a result may hold; prehistory only where recording began with a used optimizer or a filter starts elsewhere
+#: than at zero, penalty where the loss had one, unattributed where samples leave more than rounding of a gradient,
+#: statistics where buffers moved, change only where there are checkpoints and nothing else.
 TERMS = ("kernel", "regularization", "prehistory", "penalty", "unattributed", "statistics", "change")
 
 
