@@ -23,7 +23,7 @@ from explaind_core.results import TERMS, ResultWriter, closure_error, summed
 from explaind_core.results import result_writer as appending
 from explaind_core.run import Run
 from explaind_core.store import readable_size
-from explaind_core.strategies import Choice, choose, insisted_on
+from explaind_core.strategies import Choice, insisted_on
 
 __all__ = ["TERMS", "answer", "attribute", "closure_error", "contributions", "summed"]
 
@@ -85,14 +85,15 @@ def answer(question: Question, *, progress: bool = True, out: str | os.PathLike[
     """The answer to a question that was checked (see :func:`attribute`)."""
     insisted_on(question)  # before any work
     frame = Frame(question)
-    choice = choose(question, frame.outputs)
-    frame.strategy = choice.strategy.name
+    if out is None:
+        _check_size(frame)
+    choice = frame.chosen()
     if out is not None:
         return _to_zarr(frame, choice, out, progress)
     return _in_memory(frame, choice, progress)
 
 
-def _in_memory(frame: Frame, choice: Choice, progress: bool) -> xr.Dataset:
+def _check_size(frame: Frame) -> None:
     question = frame.question
     needed = question.result_bytes(frame.outputs)
     if needed > question.memory:
@@ -103,6 +104,10 @@ def _in_memory(frame: Frame, choice: Choice, progress: bool) -> xr.Dataset:
             got=readable_size(needed),
             remedy="keep fewer axes, ask for fewer test samples or steps, raise memory=, or write it with out=",
         )
+
+
+def _in_memory(frame: Frame, choice: Choice, progress: bool) -> xr.Dataset:
+    _check_size(frame)
     parts = contributions(frame, choice, progress=progress)
     return frame.collect(parts if choice.strategy.along == "step" else frame.joined(parts))
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from explaind_core import trees
 from explaind_core.questions import AXES, GRADIENT_AXES, Contribution, Ends, Findings, Places, Question, reduced
 from explaind_core.results import COUNTS, totals
+from explaind_core.strategies import Choice, choose
 
 __all__ = ["Frame"]
 
@@ -47,6 +48,13 @@ class Frame:
     def ends(self) -> Ends:
         """The explained function at both ends: evaluated when it is clear that the answer will fit."""
         return Ends.of(self.question)
+
+    def chosen(self) -> Choice:
+        """How the question is answered, once it is known what kind of function f is."""
+        assert self.ends.outputs == self.outputs
+        choice = choose(self.question, self.outputs)
+        self.strategy = choice.strategy.name
+        return choice
 
     # ------------------------------------------------------------------ a Dataset
     def collect(

@@ -95,11 +95,11 @@ def plan_of(asked: Question) -> Plan:
     """The plan for a question that was checked."""
     insisted_on(asked)  # before any work
     frame = Frame(asked)
-    choice = choose(asked, frame.outputs)
-    strategy = choice.strategy
-    nodes = GUESSED_NODES if asked.quadrature.adaptive else float(asked.quadrature.ladder[0])
     held, result = peak_memory(), asked.result_bytes(frame.outputs)
     fits = result <= asked.memory
+    choice = frame.chosen() if fits else choose(asked, frame.outputs)
+    strategy = choice.strategy
+    nodes = GUESSED_NODES if asked.quadrature.adaptive else float(asked.quadrature.ladder[0])
     seconds, gradient_steps = math.nan, 0
     if fits:  # otherwise the pieces of work are too large as well
         seconds, gradient_steps = strategy.probe(Probe.of(asked, frame.outputs, nodes), choice)

@@ -33,8 +33,10 @@ def check_model(run: Run) -> None:
     recorded = run.manifest.get("modules")
     if recorded is None or run.model is None or run.model_accepted:
         return
-    differing = different_parts(recorded, run.model)
-    if differing and not _gives_the_recorded_gradient(run):
+    differing = different_parts(recorded, run.modules)
+    if not differing:
+        return
+    if not _gives_the_recorded_gradient(run):
         more = f" (and {len(differing) - _NAMED} more)" if len(differing) > _NAMED else ""
         raise QuestionError(
             "the run was opened with another model than the recorded one",

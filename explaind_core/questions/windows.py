@@ -25,8 +25,8 @@ def waived(dtype: torch.dtype) -> float:
         dtype: of the model.
 
     Example:
-        >>> waived(torch.float64), waived(torch.float32)
-        (1e-11, 1e-05)
+        >>> f"{waived(torch.float64):.0e}", f"{waived(torch.float32):.0e}"
+        ('1e-11', '1e-05')
     """
     return tolerance(dtype) / 100  # of what their gradients are compared with
 

@@ -21,7 +21,15 @@ from explaind_core.run.explained_steps import ExplainedSteps, OptimizerFactory
 from explaind_core.run.recompute import Recomputation
 from explaind_core.run.restore import restore
 from explaind_core.store import RunStore, damages, settle
-from explaind_core.training_step import Batch, GradientFunction, LossFunction, MicroBatch, ParameterInfo, rebuild_loss
+from explaind_core.training_step import (
+    Batch,
+    GradientFunction,
+    LossFunction,
+    MicroBatch,
+    ParameterInfo,
+    model_parts,
+    rebuild_loss,
+)
 
 __all__ = ["Batch", "MicroBatch", "ParameterInfo", "Run", "open_run"]
 
@@ -83,6 +91,8 @@ class Run(ExplainedSteps):
         #: As it was given: of a run that is computed again, not even an evaluation mode may be set for good.
         self._architecture = None if model is None or self.mode == "steps" else plain_copy(model)
         self._models: dict[bool, nn.Module] = {}
+        #: What it is made of, before anything in its copies is set for derivatives.
+        self.modules = {} if model is None else model_parts(plain(model))
         #: Whether the model is known to be the recorded one, or meant to be another.
         self.model_accepted = False
 

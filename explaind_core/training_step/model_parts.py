@@ -34,24 +34,24 @@ def model_parts(model: nn.Module) -> dict[str, list[str]]:
     }
 
 
-def different_parts(recorded: Mapping[str, Any], model: nn.Module) -> list[str]:
+def different_parts(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """How a model differs from the recorded one, in words; nothing where it does not.
 
     Args:
         recorded: what :func:`model_parts` said of it.
-        model: the model to compare.
+        now: what it says of the model to compare.
 
     Example:
-        >>> different_parts(model_parts(nn.Sequential(nn.Tanh())), nn.Sequential(nn.SiLU()))
+        >>> different_parts(model_parts(nn.Sequential(nn.Tanh())), model_parts(nn.Sequential(nn.SiLU())))
         ["module '0': recorded Tanh(), opened SiLU()"]
     """
-    found, now = [], model_parts(model)
+    found = []
     for name in {**recorded, **now}:
         before, after = recorded.get(name), now.get(name)
         if before is None or after is None:
             found.append(f"module {name!r}: {'not recorded' if before is None else 'not there'}")
-        elif list(before) != after:
-            code = before[:2] == after[:2]
+        elif list(before) != list(after):
+            code = list(before[:2]) == list(after[:2])
             words = [f"{kind.rpartition('.')[2]}({settings})" for kind, settings, _ in (before, after)]
             found.append(f"module {name!r}: recorded {words[0]}, opened {words[1]}{', whose code differs' * code}")
     return found
