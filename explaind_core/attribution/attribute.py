@@ -23,7 +23,7 @@ from explaind_core.results import TERMS, ResultWriter, closure_error, summed
 from explaind_core.results import result_writer as appending
 from explaind_core.run import Run
 from explaind_core.store import readable_size
-from explaind_core.strategies import Choice, insisted_on
+from explaind_core.strategies import Choice, choose, insisted_on
 
 __all__ = ["TERMS", "answer", "attribute", "closure_error", "contributions", "summed"]
 
@@ -85,9 +85,11 @@ def answer(question: Question, *, progress: bool = True, out: str | os.PathLike[
     """The answer to a question that was checked (see :func:`attribute`)."""
     insisted_on(question)  # before any work
     frame = Frame(question)
+    choose(question, frame.outputs)  # refuses what does not fit before anything is evaluated
     if out is None:
         _check_size(frame)
-    choice = frame.chosen()
+    choice = choose(question, frame.examined())
+    frame.strategy = choice.strategy.name
     if out is not None:
         return _to_zarr(frame, choice, out, progress)
     return _in_memory(frame, choice, progress)

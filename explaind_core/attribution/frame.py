@@ -17,7 +17,6 @@ from torch import Tensor
 from explaind_core import trees
 from explaind_core.questions import AXES, GRADIENT_AXES, Contribution, Ends, Findings, Places, Question, reduced
 from explaind_core.results import COUNTS, totals
-from explaind_core.strategies import Choice, choose
 
 __all__ = ["Frame"]
 
@@ -49,12 +48,9 @@ class Frame:
         """The explained function at both ends: evaluated when it is clear that the answer will fit."""
         return Ends.of(self.question)
 
-    def chosen(self) -> Choice:
-        """How the question is answered, once it is known what kind of function f is."""
-        assert self.ends.outputs == self.outputs
-        choice = choose(self.question, self.outputs)
-        self.strategy = choice.strategy.name
-        return choice
+    def examined(self) -> int:
+        """J, once it is known what kind of function f is, which decides what an answer costs."""
+        return self.ends.outputs
 
     # ------------------------------------------------------------------ a Dataset
     def collect(

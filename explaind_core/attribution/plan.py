@@ -97,7 +97,8 @@ def plan_of(asked: Question) -> Plan:
     frame = Frame(asked)
     held, result = peak_memory(), asked.result_bytes(frame.outputs)
     fits = result <= asked.memory
-    choice = frame.chosen() if fits else choose(asked, frame.outputs)
+    choice = choose(asked, frame.outputs)
+    choice = choose(asked, frame.examined()) if fits else choice
     strategy = choice.strategy
     nodes = GUESSED_NODES if asked.quadrature.adaptive else float(asked.quadrature.ladder[0])
     seconds, gradient_steps = math.nan, 0

@@ -91,7 +91,8 @@ class ForwardWatch:
             RecordingError: the model was given the targets, and not the inputs.
         """
         calls = [given for _, given in self._passes]
-        if any(_given(call, inputs) for call in calls) or not any(_given(call, targets) for call in calls):
+        swapped = any(_given(call, targets) and len(call) == len(trees.leaves(targets)) for call in calls)
+        if not swapped or any(_given(call, inputs) for call in calls):
             return
         raise RecordingError(
             "inputs and targets are declared one for the other",

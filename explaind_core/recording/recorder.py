@@ -130,6 +130,7 @@ class Recorder:
         train_axis: bool = True,
     ) -> None:
         check_loss_is_function(loss)
+        self._has_loss = loss is not None
         scaler = scaler_inside(optimizer) if scaler is None else scaler
         check_scaler(scaler)
         optimizers = each_optimizer(optimizer)
@@ -232,7 +233,7 @@ class Recorder:
         if self._recomputation is not None:
             self._recomputation.expect_batch()
         forwards, (plain, _) = self._watch.forwards, InputRows.split(inputs)
-        if self.steps == 0:
+        if self.steps == 0 and self._has_loss:
             forwards.check_declared(plain, targets, "batch of step 1")
             check_time_first(self._subject.model, plain, _count(ids), "batch of step 1")
         self._batches.declare(inputs, targets, ids, weight, self.steps + 1, forwards.take(plain), scale, draws)

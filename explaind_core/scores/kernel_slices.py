@@ -15,7 +15,7 @@ import xarray as xr
 from explaind_core.attribution import Frame, contributions
 from explaind_core.questions import CommonArguments, Question, check_fits, spelled_out
 from explaind_core.run import Run
-from explaind_core.strategies import cosines, row_bytes
+from explaind_core.strategies import choose, cosines, row_bytes
 
 __all__ = ["kernel_slices"]
 
@@ -60,7 +60,7 @@ def kernel_slices(run: Run, inputs: Any, *, progress: bool = True, **question: U
     """
     asked = replace(Question.ask(run, inputs, keep=_KEEP, strategy="features", **question), gram=True)
     frame = Frame(asked, "features")
-    choice = frame.chosen()
+    choice = choose(asked, frame.examined())
     n = asked.function.samples
     check_fits(
         asked.memory, 4 * n * row_bytes(asked), f"kernel slices, feature maps of {n} test samples at a time",
