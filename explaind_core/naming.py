@@ -12,7 +12,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["COMPILED", "inner_name", "plain", "plain_name", "plain_optimizer", "qualified_name", "wrapping"]
+__all__ = ["COMPILED", "held_by", "inner_name", "plain", "plain_name", "plain_optimizer", "qualified_name", "wrapping"]
 
 #: Under this name a compiled module holds the plain one.
 COMPILED = "_orig_mod"
@@ -126,9 +126,22 @@ def plain_optimizer(optimizer: Any) -> Any:
         >>> plain_optimizer(SimpleNamespace(optimizer=inside)) is inside
         True
     """
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+    while isinstance(inner := held_by(optimizer, "optimizer"), Optimizer):
         optimizer = inner
     return optimizer
+
+
+def held_by(wrapper: Any, name: str) -> Any:
+    """An attribute of a wrapper; None where it has none, or raises something else when it is asked.
+
+    Args:
+        wrapper: any object.
+        name: of the attribute.
+    """
+    try:
+        return getattr(wrapper, name, None)
+    except Exception:  # whatever somebody's property raises
+        return None
 
 
 def qualified_name(kind: type) -> str:

@@ -109,7 +109,6 @@ def _check_size(frame: Frame) -> None:
 
 
 def _in_memory(frame: Frame, choice: Choice, progress: bool) -> xr.Dataset:
-    _check_size(frame)
     parts = contributions(frame, choice, progress=progress)
     return frame.collect(parts if choice.strategy.along == "step" else frame.joined(parts))
 
@@ -139,6 +138,7 @@ def _to_zarr(frame: Frame, choice: Choice, path: str | os.PathLike[str], progres
 def _blocks(frame: Frame, choice: Choice, axis: str | None, done: int, progress: bool) -> Iterator[xr.Dataset]:
     """The result behind the first ``done`` entries of the axis along which it is written, block by block."""
     if axis is None:
+        _check_size(frame)
         yield _in_memory(frame, choice, progress)
         return
     question = frame.question

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from explaind_core.derivatives.differentiable import Parameters, too_little_memory
-from explaind_core.derivatives.explained_function import ExplainedFunction, FunctionAtStep, differentiable_kernels
+from explaind_core.derivatives.explained_function import ExplainedFunction, FunctionAtStep
+from explaind_core.derivatives.kernels import differentiable_kernels
 from explaind_core.tensors import tolerance
 
 __all__ = ["coupled", "takes_statistics"]

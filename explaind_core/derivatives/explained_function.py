@@ -26,7 +26,7 @@ from explaind_core.derivatives.outputs import Output, Rows, flat_rows
 from explaind_core.errors import ExplaindError
 from explaind_core.training_step import InputRows, run_model
 
-__all__ = ["ExplainedFunction", "FunctionAtStep", "differentiable_kernels"]
+__all__ = ["ExplainedFunction", "FunctionAtStep"]
 
 #: Test samples that one backward pass takes together where each is differentiated alone.
 _ROWS_TOGETHER = 64

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from explaind_core.derivatives.differentiable import Differentiable, Parameters
 from explaind_core.derivatives.differentiator import ONE_BY_ONE, VECTORISED
-from explaind_core.derivatives.explained_function import FunctionAtStep, differentiable_kernels
+from explaind_core.derivatives.explained_function import FunctionAtStep
+from explaind_core.derivatives.kernels import differentiable_kernels
 from explaind_core.errors import ExplaindError
 
 __all__ = ["check_ways"]

@@ -24,6 +24,7 @@ from explaind_core.copies import plain_copy
 from explaind_core.data import IndexedDataset, split_targets, with_ids
 from explaind_core.errors import RecordingError
 from explaind_core.integrations.calls import CallWatch
+from explaind_core.naming import plain_optimizer
 from explaind_core.recording import Recorder
 from explaind_core.training_step import LossFunction, loss_of, returned
 
@@ -98,7 +99,7 @@ class RecorderCallback(TrainerCallback):
         self._model = model
         self._handles = _under_autocast(model, args)  # before the Recorder's own hooks, which look at it
         self._watch = CallWatch(model, self._take, returned)
-        self.recorder = Recorder(self.path, model, _inner(kwargs["optimizer"]), self._loss, **options)
+        self.recorder = Recorder(self.path, model, plain_optimizer(kwargs["optimizer"]), self._loss, **options)
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Declare a micro-batch whose gradient is accumulated."""
@@ -247,14 +248,6 @@ def _check_supported(args: TrainingArguments) -> None:
                 expected="one process and device, a plain model, single, double or bfloat16 precision",
                 got=got,
             )
-
-
-def _inner(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer whose ``step`` is taken: accelerate's is a shell around it, whose hooks nobody calls."""
-    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = optimizer.optimizer
-    inner: torch.optim.Optimizer = optimizer
-    return inner
 
 
 def _size(loader: Any) -> int | None:

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from explaind_core.errors import RecordingError
-from explaind_core.naming import wrapping
+from explaind_core.naming import held_by, wrapping
 
 __all__ = ["autocast_inside", "check_wrappers", "scaler_inside"]
 
@@ -77,8 +77,8 @@ def scaler_inside(optimizers: Any) -> GradScaler | None:
     """
     given: Iterable[Any] = optimizers if isinstance(optimizers, Sequence) else [optimizers]
     for optimizer in given:
-        scaler = getattr(optimizer, "scaler", None)
-        if isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer) and scaler is not None:
+        scaler = held_by(optimizer, "scaler")
+        if isinstance(held_by(optimizer, "optimizer"), torch.optim.Optimizer) and scaler is not None:
             found: GradScaler = scaler
             return found
     return None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from explaind_core.errors import RuleNotFoundError
-from explaind_core.naming import qualified_name
+from explaind_core.naming import held_by, qualified_name
 
 __all__ = ["optimizer_inside", "rule_not_found"]
 
@@ -124,18 +124,10 @@ def optimizer_inside(wrapper: Any) -> tuple[str, torch.optim.Optimizer | None]:
     """
     path, found, seen = "optimizer", None, {id(wrapper)}
     while True:
-        # Not hasattr(): what a wrapper answers for an attribute may raise anything.
-        held = ((attribute, _attribute(wrapper, attribute)) for attribute in INSIDE)
+        held = ((attribute, held_by(wrapper, attribute)) for attribute in INSIDE)
         step = next(((a, o) for a, o in held if isinstance(o, torch.optim.Optimizer) and id(o) not in seen), None)
         if step is None:
             return path, found
         path, found = f"{path}.{step[0]}", step[1]
         wrapper = found
         seen.add(id(found))
-
-
-def _attribute(holder: Any, name: str) -> Any:
-    try:
-        return getattr(holder, name, None)
-    except Exception:
-        return None

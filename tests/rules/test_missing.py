@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import explaind_core as explaind
-from explaind_core.errors import RuleNotFoundError
+from explaind_core.errors import RecordingError, RuleNotFoundError
 from explaind_core.plugins import default_registry
 from explaind_core.rules.missing import optimizer_inside
 
@@ -108,6 +108,22 @@ def test_accelerates_optimizer_is_told_to_pass_the_one_inside_which_is_then_reco
         recorder.batch(x, None, ids=range(3))
         prepared.step()
     assert recorder.steps == 1
+
+
+def test_a_wrapper_that_is_no_optimizer_at_all_is_told_so_too(tmp_path):
+    class Engine:
+        def __init__(self, inside):
+            self.base_optimizer = inside
+
+        @property
+        def optimizer(self):
+            raise RuntimeError("not before the first step")
+
+    model = nn.Linear(2, 1)
+    with pytest.raises(
+        RecordingError, match=r"pass that, optimizer\.base_optimizer, which is a torch\.optim\.sgd\.SGD"
+    ):
+        explaind.Recorder(tmp_path / "run", model, Engine(torch.optim.SGD(model.parameters(), lr=0.1)))
 
 
 def test_a_shell_that_is_no_optimizer_is_known_by_the_one_inside(tmp_path):
