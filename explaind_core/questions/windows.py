@@ -16,6 +16,8 @@ __all__ = ["Contribution", "WindowSum"]
 
 #: The axes of one window's terms.
 INNER = AXES[1:]
+#: Of the largest layer's kernel, or of what f changed by: what sums over samples and outputs round, in units of eps.
+_ROUNDING = 64
 
 
 def waived(dtype: torch.dtype) -> float:
@@ -147,14 +149,17 @@ class WindowSum:
         """The largest entry of what samples leave of the kernel; None where that is rounding, which the residual takes.
 
         It is more than that where gradients are zero but for rounding (a bias before a normalisation), and the
-        optimizer divides by their size.
+        optimizer divides by their size. A layer whose kernel cancels is measured by the rounding of the others.
         """
         left = self.terms.get("unattributed")
         if left is None:
             return None
         whole = left + self.terms["kernel"].sum((0, 3), keepdim=True)
         sizes, scales = (t.abs().transpose(0, 1).flatten(1).amax(1) for t in (left, whole))
-        if not self.question.forgives and bool((sizes <= waived(self.question.function.dtype) * scales).all()):
+        dtype = self.question.function.dtype
+        rounding = _ROUNDING * torch.finfo(dtype).eps * torch.maximum(scales.max(), self.change.abs().max())
+        bounds = torch.maximum(waived(dtype) * scales, rounding)
+        if not self.question.forgives and bool((sizes <= bounds).all()):
             left.zero_()
             return None
         return float(left.abs().max())

@@ -154,3 +154,18 @@ def test_just_inside_and_just_outside(size, told):
     found = total.finish()
     assert (found.findings.unattributed_largest is not None) == told
     assert bool(found.terms["unattributed"].any()) == told
+
+
+@pytest.mark.parametrize(("size", "told"), [(0.9, False), (1.1, True)])
+def test_a_layer_that_cancels_is_measured_by_the_others(size, told):
+    from explaind_core.questions import Question, WindowSum
+    from explaind_core.testing import record_example
+
+    question = Question.ask(record_example(steps=2), torch.ones(2, 4).double(), keep=("layer", "train", "test"))
+    total = WindowSum(question, 0, 3, question.terms)
+    total.terms["kernel"][0, 0, 0, 0] = 1.0
+    total.terms["kernel"][0, 1, 0, 0] = 1e-18
+    total.terms["unattributed"][0, 1, 0, 0, 0, 0] = (
+        size * 64 * 2.0**-52 * float(total.terms["kernel"].sum((0, 3), keepdim=True).max())
+    )
+    assert (total.finish().findings.unattributed_largest is not None) == told
