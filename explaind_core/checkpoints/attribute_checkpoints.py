@@ -55,6 +55,7 @@ def attribute_checkpoints(
     max_nodes: int = 32,
     buffers: StateDict | None = None,
     loss: LossFunction | None = None,
+    random_state: int | None = None,
     progress: bool = True,
 ) -> xr.Dataset:
     """Split the change of predictions between checkpoints into what each segment and layer added.
@@ -79,6 +80,8 @@ def attribute_checkpoints(
         max_nodes: adaptive only: the most nodes a segment may get; one that misses the tolerance is marked.
         buffers: buffers to hold the model at (running statistics); those of the last checkpoint by default.
         loss: the loss function that ``Loss(targets)`` is taken of.
+        random_state: as in :func:`explaind_core.attribute`: a seed that every evaluation begins with, of a model that
+            draws random numbers in evaluation mode, too.
         progress: show a bar with the remaining time.
 
     Returns:
@@ -109,7 +112,9 @@ def attribute_checkpoints(
     resolved, rest = resolve_layers(layers, points.parameters, model)
     if "layer" not in kept:
         resolved = (_complement(rest, points.parameters),)
-    explained = ExplainedFunction(model.requires_grad_(False), points.buffers, inputs, as_output(output, loss))
+    explained = ExplainedFunction(
+        model.requires_grad_(False), points.buffers, inputs, as_output(output, loss), random_state=random_state
+    )
     function = explained.at()
     examine(function, points.theta(0), function, points.theta(-1))
     edges = [_values(function, points.theta(index), points.labels[index]) for index in (0, -1)]
@@ -130,6 +135,8 @@ def attribute_checkpoints(
         "nodes_asked": str(quadrature.nodes),
         "tolerance": quadrature.tolerance if quadrature.adaptive else float("nan"),
     }
+    if random_state is not None:
+        attributes["random_state"] = random_state
     if explained.together:
         attributes["test_samples_together"] = "test samples are coupled: all that were given pass the model together"
     attributes["derivatives"] = explained.differentiator.way

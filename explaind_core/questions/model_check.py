@@ -6,6 +6,7 @@ import torch
 
 from explaind_core.derivatives import SampleGradients
 from explaind_core.errors import ExplaindError, QuestionError
+from explaind_core.questions.output_check import check_outputs
 from explaind_core.run import Run
 from explaind_core.tensors import to_dense
 from explaind_core.training_step import different_parts
@@ -22,7 +23,8 @@ def check_model(run: Run) -> None:
     """Refuse a model that has the recorded parameters' shapes, and is another function of them.
 
     A run keeps what its model is made of. Where the model that it is opened with is made of the same, there is nothing
-    to ask; where not, it is the same function if it gives the gradient that was recorded of the first batch.
+    to ask; where not, it is the same function if it gives the gradient that was recorded of the first batch. That it
+    also returns what was recorded is asked later (:func:`~explaind_core.questions.output_check.check_outputs`).
 
     Args:
         run: opened with its model.
@@ -30,8 +32,12 @@ def check_model(run: Run) -> None:
     Raises:
         QuestionError: the model is made of something else, and gives another gradient, or none that can be compared.
     """
+    if run.model is None:
+        return
+    if run.mode != "steps":  # steps that are made again would come out otherwise, and not say why
+        check_outputs(run)
     recorded = run.manifest.get("modules")
-    if recorded is None or run.model is None or run.model_accepted:
+    if recorded is None or run.model_accepted:
         return
     differing = different_parts(recorded, run.modules)
     if not differing:
@@ -46,7 +52,7 @@ def check_model(run: Run) -> None:
             remedy="open the run with the code that it was recorded with; if the model is meant to be another one, say "
             "run.accept_model()",
         )
-    run.accept_model()
+    run.model_accepted = True
 
 
 def _gives_the_recorded_gradient(run: Run) -> bool:

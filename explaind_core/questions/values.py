@@ -10,6 +10,7 @@ from torch import Tensor
 
 from explaind_core.derivatives import examine
 from explaind_core.errors import NonFiniteError
+from explaind_core.questions.output_check import check_outputs
 from explaind_core.questions.question import Question
 
 __all__ = ["Ends", "finite_values", "reduced"]
@@ -58,8 +59,9 @@ class Ends:
 
     @classmethod
     def of(cls, question: Question) -> Ends:
-        """Evaluate it there, once it is known to be a function, and whether its samples are coupled."""
+        """Evaluate it there, once it is known to be the trained function, and whether its samples are coupled."""
         run, function = question.run, question.function
+        check_outputs(run)
         first, last = question.steps[0] - 1, question.steps[-1]
         return cls(*examine(function.at(first), run.theta(first), function.at(last), run.theta(last)))
 

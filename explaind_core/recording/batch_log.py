@@ -70,7 +70,10 @@ class BatchLog:
         """
         found = {f"ids/{index}": ids for index, ids in enumerate(self.ids)}
         for index, forward in enumerate(self.forwards):
-            found |= {f"rng/{index}/{device}": state for device, state in (forward.rng if forward else {}).items()}
+            if forward is None:
+                continue
+            found |= {f"rng/{index}/{device}": state for device, state in forward.rng.items()}
+            found |= {f"outputs/{index}/{name}": entries for name, entries in forward.outputs.items()}
         for index, said in enumerate(self.rows):
             found |= {f"owners/{index}/{leaf}": owners for leaf, owners in said.owners.items()}
         for index, known_by in enumerate(self.reread):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,12 +14,27 @@ from explaind_core.errors import RecordingError
 from explaind_core.naming import COMPILED, inner_name, plain, plain_name, wrapping
 from explaind_core.recording.model_calls import ModelCalls
 from explaind_core.recording.wrapped import autocast_inside
-from explaind_core.training_step import ForwardState, random_state
+from explaind_core.training_step import ForwardState, output_entries, random_state
 
 __all__ = ["ForwardWatch"]
 
 #: Passes that are held until one of them is known to be the declared batch's.
 _HELD = 16
+
+
+@dataclass(eq=False)
+class _Pass:
+    """A call of the model with gradients enabled.
+
+    Attributes:
+        state: how it stood before.
+        given: the tensors that it was given.
+        outputs: entries of what it returned, where these are kept.
+    """
+
+    state: ForwardState
+    given: list[Tensor]
+    outputs: dict[str, Tensor] = field(default_factory=dict)
 
 
 class ForwardWatch:
@@ -30,6 +45,8 @@ class ForwardWatch:
     Args:
         model: containers that cannot be called (``nn.ModuleList``) are watched through their children.
         first: called before every first pass that :meth:`take` will tell of.
+        calls: what counts the calls, if another one than its own.
+        keeps_outputs: asked at every pass whether entries of what the model returns are kept.
 
     Attributes:
         calls: how often the model was called for the coming gradient.
@@ -45,8 +62,14 @@ class ForwardWatch:
         >>> watch.close()
     """
 
-    def __init__(self, model: nn.Module, first: Callable[[], object] = tuple, calls: ModelCalls | None = None) -> None:
-        self._model, self._first = plain(model), first
+    def __init__(
+        self,
+        model: nn.Module,
+        first: Callable[[], object] = tuple,
+        calls: ModelCalls | None = None,
+        keeps_outputs: Callable[[], bool] = bool,
+    ) -> None:
+        self._model, self._first, self._keeps_outputs = plain(model), first, keeps_outputs
         self.calls = ModelCalls(lambda: list(model.parameters())) if calls is None else calls
         named = [(name, module) for name, module in self._model.named_modules() if inner_name(module) is None]
         self._names = [(plain_name(name, self._model), module) for name, module in named if name]
@@ -54,8 +77,9 @@ class ForwardWatch:
         self._devices = [torch.device("cpu"), *sorted(devices, key=str)]
         # Autocast is asked for where the model lies; on the processor for parts of it that lie there.
         self._types = list(dict.fromkeys(device.type for device in reversed(self._devices)))
-        #: Since the last look: how the model stood before each pass, and the tensors that it was given.
-        self._passes: list[tuple[ForwardState, list[Tensor]]] = []
+        #: Since the last look.
+        self._passes: list[_Pass] = []
+        self._running: _Pass | None = None
         self._watched = _watched(model)
         self._handles = [module.register_forward_pre_hook(self._before, with_kwargs=True) for module in self._watched]
         self._handles += [module.register_forward_hook(self._after, always_call=True) for module in self._watched]
@@ -74,10 +98,12 @@ class ForwardWatch:
         passes, self._passes = self._passes, []
         if not passes:
             return None
-        meant = [p for p in passes if _given(p[1], inputs)] if len(passes) > 1 and inputs is not None else []
-        seen = (meant or passes)[0][0]
-        drawn = {name: state for name, state in seen.rng.items() if not torch.equal(state, random_state(name))}
-        return replace(seen, rng=drawn)
+        asked = inputs is not None and (len(passes) > 1 or bool(passes[0].outputs))
+        meant = [p for p in passes if _given(p.given, inputs)] if asked else []
+        seen = (meant or passes)[0]
+        rng = seen.state.rng
+        drawn = {name: state for name, state in rng.items() if not torch.equal(state, random_state(name))}
+        return replace(seen.state, rng=drawn, outputs=seen.outputs if meant else {})
 
     def check_declared(self, inputs: Any, targets: Any, where: str) -> None:
         """Refuse inputs and targets that are declared one for the other.
@@ -90,7 +116,7 @@ class ForwardWatch:
         Raises:
             RecordingError: the model was given the targets, and not the inputs.
         """
-        calls = [given for _, given in self._passes]
+        calls = [each.given for each in self._passes]
         swapped = any(_given(call, targets) and len(call) == len(trees.leaves(targets)) for call in calls)
         if not swapped or any(_given(call, inputs) for call in calls):
             return
@@ -118,7 +144,10 @@ class ForwardWatch:
         if torch.compiler.is_compiling() or not any(module is watched for watched in self._watched):
             return
         self.calls.begin(module, args, kwargs)
-        if self.calls.nested or not torch.is_grad_enabled():
+        if self.calls.nested:
+            return
+        self._running = None
+        if not torch.is_grad_enabled():
             return
         if not self._passes:
             self._first()
@@ -132,13 +161,17 @@ class ForwardWatch:
             cast if cast is not None else inside.device if inside else self._types[0],
             {str(device): random_state(device) for device in self._devices},
         )
-        self._passes.append((state, trees.leaves((args, kwargs))))
+        self._running = _Pass(state, trees.leaves((args, kwargs)))
+        self._passes.append(self._running)
         if len(self._passes) > _HELD:  # a validation of many batches: the first pass and the last ones
             del self._passes[1]
 
     def _after(self, module: nn.Module, _inputs: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling() and any(module is watched for watched in self._watched):
-            self.calls.end(output)
+        if torch.compiler.is_compiling() or not any(module is watched for watched in self._watched):
+            return
+        if self._running is not None and not self.calls.nested and self._keeps_outputs():
+            self._running.outputs = output_entries(output)
+        self.calls.end(output)
 
 
 def _given(call: list[Tensor], declared: Any) -> bool:

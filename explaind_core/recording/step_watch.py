@@ -55,6 +55,7 @@ from explaind_core.recording.scaler_watch import ScalerWatch
 from explaind_core.recording.subject import Subject
 from explaind_core.rules import OWNER
 from explaind_core.tensors import check_gradients, copied
+from explaind_core.training_step import keeps_outputs
 
 __all__ = ["StepWatch"]
 
@@ -118,7 +119,8 @@ class StepWatch:
         optimizers, iterates = subject.optimizers, subject.rule.iterations({}) is not None
         self._splitter = IterationSplitter(subject.rule, optimizers[0], subject.parameters) if iterates else None
         before_pass = tuple if recomputation is None else recomputation.before_pass
-        self.forwards = ForwardWatch(model, before_pass, ModelCalls(subject.trained, refused=train_axis))
+        calls = ModelCalls(subject.trained, refused=train_axis)
+        self.forwards = ForwardWatch(model, before_pass, calls, self._keeps_outputs)
         self.rounds = Rounds(subject, writer, batches, self._count_skipped) if subject.joint else None
         self._handles: list[RemovableHandle] = []
         for each in optimizers:
@@ -130,6 +132,10 @@ class StepWatch:
     def _coming_step(self) -> int:
         """The number of the step that is not over."""
         return self._writer.steps + 1
+
+    def _keeps_outputs(self) -> bool:
+        """Whether entries of the outputs of the coming step are kept; inner iterations would all have the first's."""
+        return self._splitter is None and keeps_outputs(self._coming_step, self._writer.snapshot_every)
 
     def end_round(self) -> None:
         """Of several optimizers: no other one steps from the gradients of this round."""

@@ -95,6 +95,8 @@ class Run(ExplainedSteps):
         self.modules = {} if model is None else model_parts(plain(model))
         #: Whether the model is known to be the recorded one, or meant to be another.
         self.model_accepted = False
+        #: Whether it is known to return what the recorded one returned, or meant not to.
+        self.outputs_accepted = False
 
     def __repr__(self) -> str:
         return (
@@ -107,9 +109,9 @@ class Run(ExplainedSteps):
         """Take the model as it is, though it is made of other modules than the recorded one, or other code.
 
         Otherwise the first question compares: a model that is made of something else must give the gradient that was
-        recorded of the first batch.
+        recorded of the first batch, and every model the outputs that were recorded of some batches.
         """
-        self.model_accepted = True
+        self.model_accepted = self.outputs_accepted = True
 
     def explained_by(self, rule: UpdateRule) -> Run:
         """The same run, explained by another rule.

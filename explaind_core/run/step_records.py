@@ -262,14 +262,12 @@ class StepRecords:
         """
         self.check_step(s)
         entries, micro = self._header(s)["batches"], []
-        states = self._step_tensors(s, "rng/", "rows/", "draws/", "owners/")
+        states = self._step_tensors(s, "rng/", "rows/", "draws/", "owners/", "outputs/")
         for index, (ids, entry) in enumerate(zip(self._ids(s, len(entries)), entries, strict=True)):
-            prefix = f"rng/{index}/"
-            rng = {n.removeprefix(prefix): t for n, t in states.items() if n.startswith(prefix)}
-            forward = ForwardState.stored(entry.get("forward"), rng)
+            rng, outputs = _under(f"rng/{index}/", states), _under(f"outputs/{index}/", states)
+            forward = ForwardState.stored(entry.get("forward"), rng, outputs)
             inputs, targets = self._content(s, entry, ids, states, index)
-            prefix = f"owners/{index}/"
-            owners = {int(n.removeprefix(prefix)): t for n, t in states.items() if n.startswith(prefix)}
+            owners = {int(n): t for n, t in _under(f"owners/{index}/", states).items()}
             rows = InputRows.stored(entry.get("rows"), owners)
             micro.append(MicroBatch(ids, inputs, targets, entry["weight"], forward, rows))
         return Batch(tuple(micro))
@@ -299,3 +297,8 @@ class StepRecords:
         if self._closed is not None:
             return int(self._closed.get("lines", 0))
         return int(self._header(len(self.steps)).get("lines", 0)) if self.steps else 0
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin so, by what is behind it."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

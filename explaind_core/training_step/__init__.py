@@ -15,6 +15,7 @@ from explaind_core.training_step.losses import LossFunction, describe_loss, rebu
 from explaind_core.training_step.model import ModelCall, ParameterInfo, run_model
 from explaind_core.training_step.model_parts import different_parts, model_parts
 from explaind_core.training_step.optimizers import rebuild_optimizer
+from explaind_core.training_step.output_entries import differ_beyond_rounding, keeps_outputs, output_entries
 from explaind_core.training_step.recipe import GradientFunction, Recipe, candidates, different
 from explaind_core.training_step.reread import read_again
 from explaind_core.training_step.sample_losses import SampleLosses
@@ -36,14 +37,17 @@ __all__ = [
     "Shared",
     "candidates",
     "describe_loss",
+    "differ_beyond_rounding",
     "differences",
     "different",
     "different_parts",
     "environment",
     "fingerprint",
     "git_commit",
+    "keeps_outputs",
     "loss_of",
     "model_parts",
+    "output_entries",
     "provenance",
     "random_state",
     "read_again",

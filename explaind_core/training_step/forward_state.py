@@ -26,6 +26,8 @@ class ForwardState:
         device_type: of autocast, or of the model: ``"cpu"``.
         rng: device -> state of its random number generator before the pass, uint8; empty where none was drawn from.
         scale: the factor of a ``GradScaler`` in the loss, where the loop declared it.
+        outputs: entries of what the model returned, where these were kept
+            (:func:`explaind_core.training_step.output_entries`).
 
     Example:
         >>> state = ForwardState(training=True, rng={"cpu": torch.Generator().manual_seed(0).get_state()})
@@ -44,6 +46,7 @@ class ForwardState:
     device_type: str = "cpu"
     rng: Mapping[str, Tensor] = field(default_factory=dict)
     scale: float = 1.0
+    outputs: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
@@ -94,7 +97,7 @@ class ForwardState:
         return torch.autocast(self.device_type, dtype=dtype, enabled=dtype is not None)
 
     def header(self) -> dict[str, Any]:
-        """All but the random states; :meth:`stored` is the inverse.
+        """All but the tensors; :meth:`stored` is the inverse.
 
         Returns:
             JSON.
@@ -109,12 +112,15 @@ class ForwardState:
         }
 
     @classmethod
-    def stored(cls, header: Mapping[str, Any] | None, rng: Mapping[str, Tensor]) -> ForwardState | None:
+    def stored(
+        cls, header: Mapping[str, Any] | None, rng: Mapping[str, Tensor], outputs: Mapping[str, Tensor] | None = None
+    ) -> ForwardState | None:
         """What :meth:`header` described.
 
         Args:
             header: JSON; None where nothing was seen.
             rng: the random states by device.
+            outputs: entries of what the model returned, if they were kept.
 
         Returns:
             The state; None where nothing was seen.
@@ -122,7 +128,7 @@ class ForwardState:
         if header is None:
             return None
         kept = {device: rng[device] for device in header["rng"]}
-        return cls(**{**header, "exceptions": tuple(header["exceptions"]), "rng": kept})
+        return cls(**{**header, "exceptions": tuple(header["exceptions"]), "rng": kept, "outputs": outputs or {}})
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:

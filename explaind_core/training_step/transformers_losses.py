@@ -6,6 +6,7 @@ multiplies it (accumulated batches, counted tokens) is the batch's weight.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -111,6 +112,8 @@ def loss_of(model: Any) -> Callable[[Any, Tensor], Tensor]:
         RecordingError: it is none of them.
     """
     kind = getattr(model, "loss_type", None)
+    if kind is None and _takes_the_default(model):
+        kind = "ForCausalLM"
     if kind == "ForSequenceClassification":
         config = model.config
         problem = config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
@@ -134,6 +137,17 @@ def loss_of(model: Any) -> Callable[[Any, Tensor], Tensor]:
             remedy="pass it: RecorderCallback(..., loss=lambda output, targets: ...)",
         )
     return known[kind]
+
+
+def _takes_the_default(model: Any) -> bool:
+    """Whether a class of no known name leaves its loss to transformers (``GPT2LMHeadModel``), and computes none (T5).
+
+    The default then is that of causal language models.
+    """
+    try:
+        return "self.loss_function(" in inspect.getsource(type(model).forward)
+    except (OSError, TypeError, AttributeError):
+        return False
 
 
 def returned(output: Any) -> Any:

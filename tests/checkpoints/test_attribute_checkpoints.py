@@ -223,3 +223,32 @@ def test_checkpoints_of_a_wrapped_model_are_those_of_the_plain_one(wrap):
     expected = explaind.attribute_checkpoints(points, model, x, progress=False)
     assert explaind.attribute_checkpoints(named, wrapped, x, progress=False).identical(expected)
     assert explaind.attribute_checkpoints(points, wrapped, x, progress=False).identical(expected)
+
+
+class Restless(nn.Module):
+    """Functional dropout that is left on."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 3).double()
+
+    def forward(self, x):
+        return nn.functional.dropout(self.inner(x).tanh(), 0.5, training=True)
+
+
+def test_a_model_that_draws_random_numbers_is_asked_with_a_seed():
+    torch.manual_seed(0)
+    models = [Restless() for _ in range(3)]
+    thetas, inputs = [m.state_dict() for m in models], torch.randn(5, 4, dtype=torch.float64)
+
+    def ask(**options):
+        return explaind.attribute_checkpoints(thetas, models[0], inputs, nodes=16, progress=False, **options)
+
+    with pytest.raises(QuestionError, match="random_state=0"):
+        ask()
+    result = ask(random_state=3)
+    assert result.attrs["random_state"] == 3
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(3)
+        torch.testing.assert_close(torch.tensor(result.final.values), models[-1](inputs), rtol=1e-14, atol=0)
+    assert float(abs(result.residual).max()) < 1e-9
