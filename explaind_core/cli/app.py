@@ -180,9 +180,14 @@ def check_plugin(
 
 
 def _imported(module: str) -> Any:
-    if "" not in sys.path:  # an installed command does not look into the current folder by itself
-        sys.path.insert(0, "")
-    return importlib.import_module(module)
+    """A module that the caller named; an installed command does not look into the current folder by itself."""
+    sys.path.insert(0, "")
+    try:
+        return importlib.import_module(module)
+    finally:  # what it imports later is still found there, behind everything that is installed
+        sys.path.remove("")
+        if "" not in sys.path:
+            sys.path.append("")
 
 
 def _model(name: str) -> nn.Module:

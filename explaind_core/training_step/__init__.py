@@ -14,7 +14,7 @@ from explaind_core.training_step.input_rows import InputRows, PerRow, Shared
 from explaind_core.training_step.losses import LossFunction, describe_loss, rebuild_loss
 from explaind_core.training_step.model import ModelCall, ParameterInfo, run_model
 from explaind_core.training_step.model_parts import different_parts, model_parts
-from explaind_core.training_step.optimizers import rebuild_optimizer
+from explaind_core.training_step.optimizers import constructor_arguments, rebuild_optimizer
 from explaind_core.training_step.recipe import GradientFunction, Recipe, candidates, different
 from explaind_core.training_step.reread import read_again
 from explaind_core.training_step.sample_losses import SampleLosses
@@ -35,6 +35,7 @@ __all__ = [
     "SampleLosses",
     "Shared",
     "candidates",
+    "constructor_arguments",
     "describe_loss",
     "differences",
     "different",
