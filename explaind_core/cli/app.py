@@ -207,7 +207,11 @@ def _inputs(path: Path) -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from explaind_core.store import opened
+
     try:
+        with opened(path, follow_links=True):  # a pipe is not waited for
+            pass
         tensors: dict[str, torch.Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise QuestionError(f"the inputs cannot be read: {error}", where=path, expected="a safetensors file") from error
