@@ -86,7 +86,7 @@ class Attribution:
             ended(*child(lambda tell: self.work(path, tell)))
             found = {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
             findings.check(found == self.files, f"{what}: the files of the result after resuming")
-            findings.check(not path.with_name(path.name + ".lock").exists(), f"{what}: a lock was left")
+            findings.check(not path.with_name(path.name + ".explaind-writing").exists(), f"{what}: a lock was left")
         except Exception as error:
             findings.error(error, what)
 

@@ -16,7 +16,7 @@ from upath import UPath
 
 from explaind_core.checkpoints.checkpoint_store import CheckpointStore, StoredCheckpoint
 from explaind_core.errors import NonFiniteError, QuestionError, StoreError
-from explaind_core.store import locate
+from explaind_core.store import locate, opened, reason
 from explaind_core.training_step import ParameterInfo
 
 __all__ = ["Checkpoints", "StateDict", "read_checkpoint"]
@@ -144,6 +144,8 @@ def _folder(folder: Path) -> tuple[list[Source], list[int | str]]:
             remedy="opening them would run code; write them with safetensors.torch.save_file, or move them away",
         )
     paths = list(folder.glob("*.safetensors"))
+    for path in paths:
+        _check_plain(path, remedy)
     numbers = [[int(x) for x in re.findall(r"\d+", p.stem)] for p in paths]
     varying = [i for i, column in enumerate(zip(*numbers, strict=False)) if len(set(column)) > 1]
     alike = len({re.sub(r"\d+", "#", p.stem) for p in paths}) <= 1
@@ -157,6 +159,20 @@ def _folder(folder: Path) -> tuple[list[Source], list[int | str]]:
         )
     order = sorted(range(len(paths)), key=lambda i: numbers[i][varying[0]] if varying else 0)
     return [paths[i] for i in order], [numbers[i][varying[0]] if varying else i for i in order]
+
+
+def _check_plain(path: Path, remedy: str) -> None:
+    """Refuse what is found in a folder and is no file of it."""
+    try:
+        with opened(path):
+            pass
+    except OSError as error:
+        raise StoreError(
+            f"a checkpoint of the folder cannot be read: {reason(error)}",
+            where=path,
+            expected="a plain file",
+            remedy=remedy,
+        ) from error
 
 
 def read_checkpoint(source: Source, label: int | str) -> StateDict:
@@ -177,11 +193,13 @@ def read_checkpoint(source: Source, label: int | str) -> StateDict:
     if not isinstance(source, Path):
         return source
     try:
+        with opened(source, follow_links=True):  # named by the caller; but a pipe is not waited for
+            pass
         with safetensors.safe_open(source, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, safetensors.SafetensorError) as error:
         raise StoreError(
-            f"checkpoint {label} cannot be read: {error}",
+            f"checkpoint {label} cannot be read: {reason(error) if isinstance(error, OSError) else error}",
             where=source,
             expected="a safetensors file",
             remedy="copy it again; a pickled one is never opened: write it with safetensors.torch.save_file",

@@ -180,9 +180,14 @@ def check_plugin(
 
 
 def _imported(module: str) -> Any:
-    if "" not in sys.path:  # an installed command does not look into the current folder by itself
-        sys.path.insert(0, "")
-    return importlib.import_module(module)
+    """A module that the caller named; an installed command does not look into the current folder by itself."""
+    sys.path.insert(0, "")
+    try:
+        return importlib.import_module(module)
+    finally:  # what it imports later is still found there, behind everything that is installed
+        sys.path.remove("")
+        if "" not in sys.path:
+            sys.path.append("")
 
 
 def _model(name: str) -> nn.Module:
@@ -202,7 +207,11 @@ def _inputs(path: Path) -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from explaind_core.store import opened
+
     try:
+        with opened(path, follow_links=True):  # a pipe is not waited for
+            pass
         tensors: dict[str, torch.Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise QuestionError(f"the inputs cannot be read: {error}", where=path, expected="a safetensors file") from error

@@ -12,7 +12,7 @@ from explaind_core import trees
 from explaind_core.errors import RecordingError
 from explaind_core.naming import plain, plain_name, qualified_name
 from explaind_core.recording.trained_loss import WITH_LOSS
-from explaind_core.rules import JOINED_BY, OWNER, RegisteredRule, check_joinable, joined
+from explaind_core.rules import JOINED_BY, OWNER, RegisteredRule, check_joinable, hand_over, joined
 from explaind_core.tensors import copied
 
 __all__ = ["Subject"]
@@ -47,6 +47,7 @@ class Subject:
         registered: Sequence[RegisteredRule],
     ) -> None:
         self.model, self.optimizers, self.registered = plain(model), list(optimizers), list(registered)
+        hand_over(self.optimizers)
         self.rule = joined(registered).rule
         if self.joint:
             check_joinable(self.optimizers, [r.rule for r in registered])

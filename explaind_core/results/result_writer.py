@@ -21,7 +21,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from explaind_core.errors import QuestionError, StoreError
 from explaind_core.results.counts import COUNTS
 from explaind_core.results.stored_result import ForeignError, Record, check_files, checksum, read_record, stored_result
-from explaind_core.results.zarr_folder import PARTIAL, zarr_store
+from explaind_core.results.zarr_folder import PARTIAL, check_plain_folder, zarr_store
 from explaind_core.store import (
     LockWords,
     WritingLock,
@@ -102,6 +102,7 @@ class ResultWriter:
                 self._look()
                 with self._writing():
                     remove_unfinished(self._folder, ending=PARTIAL)
+                    check_plain_folder(self._folder)
                     if not self.done:
                         self._begin()
                 self._check()
@@ -154,10 +155,7 @@ class ResultWriter:
             files, arrays = self._record.files, self._record.arrays
             if not self.done:
                 names = sorted({*map(str, block.variables), *labels})
-                raw = {
-                    f"{name}/zarr.json": read_bytes(self._folder / name / "zarr.json", follow_links=True)
-                    for name in names
-                }
+                raw = {f"{name}/zarr.json": read_bytes(self._folder / name / "zarr.json") for name in names}
                 files = {key: checksum(content) for key, content in raw.items()}
                 arrays = {key.rpartition("/")[0]: json.loads(content) for key, content in raw.items()}
             # Only now does the block count: one that a kill cuts short is computed again.
@@ -266,13 +264,19 @@ class ResultWriter:
 
 def _alone(folder: Path) -> AbstractContextManager[object]:
     """Keep other processes from writing the same result; elsewhere than on this machine nobody can tell."""
-    return WritingLock(_lock_path(folder), where=folder, words=_LOCK_WORDS) if is_local(folder) else nullcontext()
+    if not is_local(folder):
+        return nullcontext()
+    return WritingLock(_lock_path(folder), where=folder, words=_LOCK_WORDS, former=_beside(folder, ".lock"))
 
 
 def _lock_path(folder: Path) -> Path:
     """Beside a local result, and not in it: whatever lies in a zarr folder is part of it."""
+    return _beside(folder, ".explaind-writing")  # no name of a file of somebody else, as uv.lock is
+
+
+def _beside(folder: Path, ending: str) -> Path:
     path = folder.resolve()
-    return path.with_name(path.name + ".lock")
+    return path.with_name(path.name + ending)
 
 
 def _variable(name: str, value: Any) -> xr.Variable:

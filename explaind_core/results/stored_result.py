@@ -26,8 +26,8 @@ import xarray as xr
 import zarr
 
 from explaind_core.errors import StoreError
-from explaind_core.results.zarr_folder import PARTIAL, zarr_store
-from explaind_core.store import locate, names_in, read_bytes, reason
+from explaind_core.results.zarr_folder import PARTIAL, check_plain_folder, zarr_store
+from explaind_core.store import is_inside, locate, names_in, read_bytes, reason
 
 __all__ = [
     "FORMAT",
@@ -123,7 +123,9 @@ def _plain(value: Any) -> Any:
 
 
 # ---------------------------------------------------------------------- reading
-def open_result(path: str | os.PathLike[str], *, unfinished: bool = False, check: bool = True) -> xr.Dataset:
+def open_result(
+    path: str | os.PathLike[str], *, unfinished: bool = False, check: bool = True, follow_links: bool = False
+) -> xr.Dataset:
     """Open what ``attribute(..., out=path)`` wrote, lazily, after checking every file of it.
 
     Args:
@@ -131,6 +133,8 @@ def open_result(path: str | os.PathLike[str], *, unfinished: bool = False, check
         unfinished: open the finished part of an interrupted result.
         check: read every chunk once to compare its checksum. Without, only metadata are checked and that all chunks are
             there; a damaged one is found when it is read.
+        follow_links: read files that are symbolic links to plain files, as tools that keep large files elsewhere make
+            them; by default a link is refused.
 
     Returns:
         The Dataset as :func:`explaind_core.attribute` returned it; arrays are read when they are asked for.
@@ -150,7 +154,7 @@ def open_result(path: str | os.PathLike[str], *, unfinished: bool = False, check
         >>> folder.cleanup()
     """
     folder = locate(path)
-    record = read_record(folder)
+    record = read_record(folder, follow_links=follow_links)
     if record is None:
         raise StoreError(
             "there is no result here",
@@ -168,7 +172,7 @@ def open_result(path: str | os.PathLike[str], *, unfinished: bool = False, check
             remedy="ask the same question with the same out= to finish it"
             + ("; or open the finished part with open_result(..., unfinished=True)" if record.done else ""),
         )
-    check_files(folder, record, contents=check)
+    check_files(folder, record, contents=check, follow_links=follow_links)
     return stored_result(folder, record)
 
 
@@ -194,11 +198,12 @@ def stored_result(folder: Path, record: Record) -> xr.Dataset:
     return stored
 
 
-def read_record(folder: Path) -> Record | None:
+def read_record(folder: Path, *, follow_links: bool = False) -> Record | None:
     """How far a result is.
 
     Args:
         folder: where it lies.
+        follow_links: see :func:`open_result`.
 
     Returns:
         What its ``zarr.json`` tells; None where there is nothing.
@@ -209,7 +214,7 @@ def read_record(folder: Path) -> Record | None:
     """
     where = folder / _GROUP
     try:
-        raw = read_bytes(where, follow_links=True)
+        raw = read_bytes(where, follow_links=follow_links)
     except FileNotFoundError:
         # The first thing that is written is zarr.json, so a kill before that leaves nothing but a part of it.
         found = [name for name in names_in(folder) if not name.endswith(PARTIAL)]
@@ -252,6 +257,15 @@ def read_record(folder: Path) -> Record | None:
             remedy="open it with that release, or ask the question again",
         )  # fmt: skip
     arrays = document["consolidated_metadata"]["metadata"]
+    outside = [name for name in (*arrays, *record["files"]) if not is_inside(name)]
+    if outside:
+        raise StoreError(
+            "the result names a file outside of its folder",
+            where=where,
+            expected="names of its arrays",
+            got=repr(outside[0])[:100],
+            remedy="do not use this result: it was not written by explaind",
+        )
     names = ("question", "axis", "done", "total", "files")
     return Record(**{name: record[name] for name in names}, attributes=attributes, arrays=arrays)
 
@@ -266,20 +280,22 @@ def _remedy(found: list[str]) -> str:
     return "xarray.open_zarr reads it" if ".zgroup" in found else "give the path that was passed as out="
 
 
-def check_files(folder: Path, record: Record, *, contents: bool) -> None:
+def check_files(folder: Path, record: Record, *, contents: bool, follow_links: bool = False) -> None:
     """Check all files that count.
 
     Args:
         folder: where the result lies.
         record: what its ``zarr.json`` tells.
         contents: read every chunk; without, only metadata are, and chunks must be there.
+        follow_links: see :func:`open_result`.
 
     Raises:
-        StoreError: one is missing or damaged.
+        StoreError: one is missing or damaged; there is a link, a pipe or a device.
     """
+    check_plain_folder(folder, follow_links=follow_links)
     for key, expected in record.files.items():
         try:
-            found = checksum(read_bytes(folder / key, follow_links=True))
+            found = checksum(read_bytes(folder / key, follow_links=follow_links))
         except OSError as error:
             raise _damaged(folder, key, f"is missing or cannot be read: {reason(error)}") from error
         if found != expected:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from explaind_core.rules.filter_start import checked_count, started_states
 from explaind_core.rules.filters import FilterState, LinearFilter
+from explaind_core.rules.handed_over import hand_over, handed_over
 from explaind_core.rules.held_options import REQUIRED, constructor_options, found_value, is_same, made_anew
 from explaind_core.rules.hookspecs import hookimpl
 from explaind_core.rules.inferred import DECAYS, InferredRule, fitted_by
+from explaind_core.rules.installed import import_installed
 from explaind_core.rules.joint import JOINED_BY, OWNER, JointRule, check_joinable, each_optimizer, each_rule, joined
 from explaind_core.rules.linear_operator import LinearOperator, as_operator
 from explaind_core.rules.operators import OfReadout, apply_each, is_elementwise
@@ -51,7 +53,10 @@ __all__ = [
     "each_rule",
     "fitted_by",
     "found_value",
+    "hand_over",
+    "handed_over",
     "hookimpl",
+    "import_installed",
     "is_elementwise",
     "is_same",
     "joined",

@@ -13,6 +13,7 @@ import torch
 from explaind_core.errors import AmbiguousRuleError, PluginError
 from explaind_core.naming import qualified_name
 from explaind_core.rules import hookspecs
+from explaind_core.rules.installed import from_installed
 from explaind_core.rules.missing import rule_not_found
 from explaind_core.rules.rule import UpdateRule
 from explaind_core.rules.trials import Trials, default_trials
@@ -44,7 +45,8 @@ class Registry:
     """The registered plugins, loaded and checked.
 
     Args:
-        discover: load all plugins of the installed packages (entry-point group ``explaind``).
+        discover: load all plugins of the installed packages (entry-point group ``explaind``); what lies in the current
+            folder is no installed package, unless it was installed from there.
 
     Raises:
         PluginError: a plugin cannot be imported, implements an unknown hook, or returns something else than rules.
@@ -60,8 +62,9 @@ class Registry:
         self._manager.add_hookspecs(hookspecs)
         self._origin: dict[str, tuple[str, str]] = {}
         if discover:
-            for entry in entry_points(group=hookspecs.ENTRY_POINT_GROUP):
-                self._load(entry)
+            with from_installed():  # no plugin is found, or shadowed, through the folder that a process runs in
+                for entry in entry_points(group=hookspecs.ENTRY_POINT_GROUP):
+                    self._load(entry)
 
     def _load(self, entry: EntryPoint) -> None:
         package, version = (entry.dist.name, entry.dist.version) if entry.dist else ("unknown", "unknown")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from explaind_core.data import IndexedDataset
-from explaind_core.errors import QuestionError, RuleNotFoundError, StoreError
+from explaind_core.errors import CoefficientError, QuestionError, StoreError
 from explaind_core.naming import qualified_name
 from explaind_core.rules import (
     JOINED_BY,
@@ -22,13 +21,21 @@ from explaind_core.rules import (
     each_rule,
     joined,
 )
+from explaind_core.run.optimizer_classes import another_rule, check_arguments, found_class, speaking_rule
 from explaind_core.run.stored_steps import StoredSteps
-from explaind_core.store import RunStore
+from explaind_core.store import RunStore, mismatch
+from explaind_core.training_step import rebuild_optimizer
 
 __all__ = ["ExplainedSteps", "OptimizerFactory"]
 
 #: Builds an optimizer from a list of parameter groups.
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+#: The arguments of an inferred rule as a manifest holds them.
+_INFERRED: Any = {
+    "momentum?": (int, float), "nesterov?": bool, "preconditioner?": str, "decay?": str, "bound?": (int, float),
+    "force?": bool,
+}  # fmt: skip
+_INFERRED_NAMES = {name.removesuffix("?") for name in _INFERRED}
 
 
 class ExplainedSteps(StoredSteps):
@@ -69,7 +76,9 @@ class ExplainedSteps(StoredSteps):
         super().__init__(store, until=until, damaged=damaged, dataset=dataset)
         self.point = self._check_point(point)
         self.registry = registry or default_registry()
-        self.rule = _rules_of(self, rule)
+        #: What the manifest itself says of inferred rules, where none was given.
+        self._recorded_rules = [_inferred_rule(self, o["rule"]) for o in self.optimizers] if rule is None else []
+        self.rule = _rules_of(self, rule, self._recorded_rules)
         self.optimizer_makers = _makers_of(self, make_optimizer)
 
     @property
@@ -104,9 +113,7 @@ class ExplainedSteps(StoredSteps):
         )
 
     def optimizer_class(self, name: str) -> type[torch.optim.Optimizer]:
-        """The recorded class, found without importing what a file names.
-
-        Only classes that are already loaded, or that a registered rule speaks for, are considered.
+        """The class of a recorded optimizer, where a rule speaks for it or the program itself gave one in this process.
 
         Args:
             name: its qualified name.
@@ -116,30 +123,39 @@ class ExplainedSteps(StoredSteps):
 
         Raises:
             StoreError: it is not known, or not installed, here.
+            RuleNotFoundError: the rule that speaks for it is not the one that the run was recorded with.
         """
-        pending = [torch.optim.Optimizer]
-        while pending:
-            candidate = pending.pop()
-            if qualified_name(candidate) == name:
-                return candidate
-            pending += candidate.__subclasses__()
-        known = [r.rule for r in self.registry.rules()] + [rule for rule in self.given_rules if rule is not None]
-        if not any(name in rule.optimizers for rule in known):
-            raise StoreError(
-                f"the optimizer {name} is not known here",
-                where=self.path,
-                remedy="import the module that defines it before opening the run, or pass make_optimizer=",
-            )
-        module, _, attribute = name.rpartition(".")
-        try:
-            found: type[torch.optim.Optimizer] = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise StoreError(
-                f"the optimizer {name} is not installed here: {error}",
-                where=self.path,
-                remedy=f"install the package that provides {module.split('.')[0]!r}",
-            ) from error
-        return found
+        self._speaking_rule([described["optimizer"] for described in self.optimizers].index(name))
+        return found_class(name, where=self.path)
+
+    def _speaking_rule(self, member: int) -> UpdateRule | None:
+        given = self.given_rules[member]
+        by_hand = all(given is not rule for rule in self._recorded_rules)
+        return speaking_rule(self.registry, given, self.optimizers[member], by_hand=by_hand, where=self.path)
+
+    def make_optimizer(self, member: int, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """One of the run's optimizers, made again.
+
+        Args:
+            member: its number.
+            groups: its parameter groups.
+
+        Returns:
+            The optimizer, with an empty state.
+
+        Raises:
+            StoreError: its class is not known here, or not to be made with these groups.
+            RuleNotFoundError: the rule that speaks for it is not the one that the run was recorded with.
+        """
+        make = self.optimizer_makers[member]
+        if make is not None:
+            return make(groups)
+        rule = self._speaking_rule(member)
+        kind = found_class(self.optimizers[member]["optimizer"], where=self.path)
+        given = self.given_rules[member]
+        for group in groups:
+            check_arguments(kind, rule, group, explaining=given is None or given is rule, where=self.path)
+        return rebuild_optimizer(kind, groups, where=self.path)
 
     def rule_for(self, optimizers: Sequence[torch.optim.Optimizer]) -> RegisteredRule:
         """The rule the run was recorded with (as registered now), or the one it is to be explained by.
@@ -169,22 +185,18 @@ class ExplainedSteps(StoredSteps):
         name = recorded["name"]
         registered = self.registry.rule_named(name) or self.registry.rule_for(optimizer)
         if qualified_name(type(registered.rule)) != name:
-            raise RuleNotFoundError(
-                "the run was recorded with another rule than the one registered for its optimizer",
-                where=self.path,
-                expected=f"{name} of {recorded['package']}",
-                got=str(registered),
-                remedy="install the plugin that the run was recorded with, or pass open_run(..., rule=)",
-            )
+            raise another_rule(recorded, [registered], where=self.path)
         return registered
 
 
-def _rules_of(run: StoredSteps, rule: UpdateRule | Sequence[UpdateRule | None] | None) -> UpdateRule | None:
+def _rules_of(
+    run: StoredSteps, rule: UpdateRule | Sequence[UpdateRule | None] | None, recorded: Sequence[UpdateRule | None]
+) -> UpdateRule | None:
     """The rule, or the rules as one, that were given, or inferred; None where all are the registered ones."""
     count = len(run.optimizers)
     if isinstance(rule, UpdateRule):
         return rule
-    rules = [_inferred_rule(run, o["rule"]) for o in run.optimizers] if rule is None else each_rule(rule, count)
+    rules = list(recorded) if rule is None else each_rule(rule, count)
     if all(each is None for each in rules):
         return None
     return rules[0] if count == 1 else JointRule(rules)
@@ -214,8 +226,12 @@ def _inferred_rule(run: StoredSteps, recorded: Mapping[str, Any]) -> UpdateRule 
     if not recorded.get("inferred"):
         return None
     try:
-        return InferredRule(**recorded["settings"])
-    except (KeyError, TypeError) as error:
+        settings = recorded["settings"]
+        words = mismatch(settings, _INFERRED, "settings")
+        if words or not settings.keys() <= _INFERRED_NAMES:
+            raise TypeError(words or f"there is no {sorted(settings.keys() - _INFERRED_NAMES)[0]!r}")
+        return InferredRule(**settings)
+    except (KeyError, TypeError, CoefficientError) as error:
         raise StoreError(
             f"the settings of the run's inferred rule cannot be read: {error}",
             where=run.path / "manifest.json",

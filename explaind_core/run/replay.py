@@ -19,7 +19,6 @@ from explaind_core import trees
 from explaind_core.errors import StoreError
 from explaind_core.rules import OWNER, RegisteredRule
 from explaind_core.run.explained_steps import ExplainedSteps
-from explaind_core.training_step import rebuild_optimizer
 
 __all__ = ["Replay", "ReplayedStep"]
 
@@ -91,19 +90,16 @@ class Replay:
     def _build(self) -> list[torch.optim.Optimizer]:
         if not self.run.steps:
             raise StoreError("the run has no finished step", where=self.run.path, remedy="train at least one step")
-        makers, built = self.run.optimizer_makers, []
-        for member, described in enumerate(self.run.optimizers):
-            groups = [
-                {**group, "params": [self._parameters[n] for n in group["params"]]}
-                for group in self._groups_of(member, self.run.groups(1))
-            ]
-            make = makers[member]
-            if make is not None:
-                built.append(make(groups))
-            else:
-                kind = self.run.optimizer_class(described["optimizer"])
-                built.append(rebuild_optimizer(kind, groups, where=self.run.path))
-        return built
+        return [
+            self.run.make_optimizer(
+                member,
+                [
+                    {**group, "params": [self._parameters[n] for n in group["params"]]}
+                    for group in self._groups_of(member, self.run.groups(1))
+                ],
+            )
+            for member in range(len(self.run.optimizers))
+        ]
 
     def _groups_of(self, member: int, groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The recorded groups of one of the optimizers, as that one has them."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from explaind_core.errors import QuestionError
 from explaind_core.naming import plain, plain_name, qualified_name
-from explaind_core.rules import JOINED_BY, OWNER, each_optimizer
+from explaind_core.rules import JOINED_BY, OWNER, each_optimizer, hand_over
 from explaind_core.run.explained_steps import ExplainedSteps
 from explaind_core.run.replay import Replay
 
@@ -38,6 +38,7 @@ def restore(
     """
     s = len(run.steps) if s is None else run.check_step(s, first=0)
     optimizers = each_optimizer(optimizer)
+    hand_over(optimizers)
     if len(optimizers) != len(run.optimizers):
         raise QuestionError(
             "the run was recorded with another number of optimizers",

@@ -6,6 +6,7 @@ It may import errors, naming, progress, tensors, trees, data and rules.
 from __future__ import annotations
 
 from explaind_core.store.compression import pack, unpack
+from explaind_core.store.guarded_files import check_tree, is_inside
 from explaind_core.store.integrity import damages
 from explaind_core.store.json_files import MANIFEST_NAME, VERSION
 from explaind_core.store.json_schema import COUNT, STEP, mismatch
@@ -13,6 +14,7 @@ from explaind_core.store.locations import (
     is_local,
     locate,
     names_in,
+    opened,
     read_bytes,
     reason,
     remove_unfinished,
@@ -45,11 +47,14 @@ __all__ = [
     "WriteQueue",
     "WritingLock",
     "check_space",
+    "check_tree",
     "damages",
+    "is_inside",
     "is_local",
     "locate",
     "mismatch",
     "names_in",
+    "opened",
     "pack",
     "parse_size",
     "read_bytes",

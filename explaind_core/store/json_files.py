@@ -9,7 +9,8 @@ from typing import Any
 
 from explaind_core.errors import StoreError
 from explaind_core.store import sealed_json as sealed
-from explaind_core.store.locations import append, locate, read_bytes, reason, replace, write_error
+from explaind_core.store.guarded_files import check_below
+from explaind_core.store.locations import append, is_local, locate, read_bytes, reason, replace, write_error
 
 __all__ = ["MANIFEST_NAME", "VERSION", "JsonFiles"]
 
@@ -139,9 +140,15 @@ class JsonFiles:
 
     def _write(self, path: Path, parts: list[Any]) -> None:
         try:
+            self._check_way(path)
             replace(path, parts)
         except OSError as error:
             raise self._write_error(path, error) from error
+
+    def _check_way(self, path: Path) -> None:
+        """Refuse a folder of the store that is a link: files beyond it are none of the store's."""
+        if is_local(path):
+            check_below(self.path, path)
 
     def _append(self, path: Path, size: int, content: bytes) -> int:
         try:

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import shutil
-import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -14,6 +13,7 @@ from typing import Any, BinaryIO, cast
 from upath import UPath
 
 from explaind_core.errors import StoreError
+from explaind_core.store.guarded_files import NotPlainError, appended, fresh_name, opened_plain
 
 __all__ = [
     "UNFINISHED",
@@ -35,9 +35,6 @@ __all__ = [
 ]
 
 
-# Where a platform lacks a flag it has nothing to be guarded against.
-_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 #: How the names of files end that are still being written.
 UNFINISHED = ".unfinished"
 #: No file of JSON is longer.
@@ -149,10 +146,6 @@ def total_bytes(folder: Path) -> int:
 
 
 # ---------------------------------------------------------------------- reading
-class NotPlainError(OSError):
-    """A link, a folder, a pipe or a device lies where a plain file was expected."""
-
-
 @contextlib.contextmanager
 def opened(path: Path, *, follow_links: bool = False) -> Iterator[tuple[BinaryIO, int]]:
     """A plain file, opened for reading. A pipe is refused and not waited for.
@@ -172,14 +165,8 @@ def opened(path: Path, *, follow_links: bool = False) -> Iterator[tuple[BinaryIO
         with path.open("rb") as file:
             yield cast(BinaryIO, file), path.stat().st_size
         return
-    if not follow_links and path.is_symlink():
-        raise NotPlainError("it is a symbolic link")
-    descriptor = os.open(path, _READ if follow_links else _READ | _NO_LINK)
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise NotPlainError("it is no plain file")
-        yield file, status.st_size
+    with opened_plain(path, follow_links=follow_links) as found:
+        yield found
 
 
 def read_bytes(path: Path, *, follow_links: bool = False) -> bytes:
@@ -204,10 +191,10 @@ def read_bytes(path: Path, *, follow_links: bool = False) -> bytes:
 
 # ---------------------------------------------------------------------- writing and removing
 def write(path: Path, parts: Iterable[Any]) -> None:
-    """Write a file; elsewhere than on this machine whole or not at all.
+    """Write a new file; elsewhere than on this machine whole or not at all, and in the place of one that is there.
 
     Args:
-        path: the file, whose folder is there.
+        path: the file, whose folder is there; on this machine nothing may lie there, and no link is followed.
         parts: buffers, which are written one after the other.
 
     Raises:
@@ -216,7 +203,7 @@ def write(path: Path, parts: Iterable[Any]) -> None:
     if not is_local(path):  # one put: who reads sees all of it or nothing
         _files(path).pipe_file(_name(path), b"".join(map(bytes, parts)))
         return
-    with path.open("wb") as file:
+    with path.open("xb") as file:
         file.writelines(parts)
 
 
@@ -234,8 +221,7 @@ def replace(path: Path, parts: Iterable[Any], *, ending: str = UNFINISHED) -> No
     if not is_local(path):
         write(path, parts)
         return
-    # Not Path.with_suffix: the name must not end like a finished file.
-    temporary = path.parent / (path.name + ending)
+    temporary = fresh_name(path, ending)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary, parts)
@@ -263,10 +249,8 @@ def append(path: Path, size: int, content: bytes) -> int:
     if not is_local(path):  # most stores of objects cannot append: small logs are written again
         known = read_bytes(path)[:size] if size else b""
         write(path, [known + content])
-    else:
-        with path.open("ab") as file:
-            file.truncate(size)
-            file.write(content)
+    elif not appended(path, size, content):  # new, or a hard link, through which nothing is written
+        replace(path, [read_bytes(path)[:size] if size else b"", content])
     return size + len(content)
 
 
@@ -299,7 +283,8 @@ def remove_unfinished(folder: Path, *, ending: str = UNFINISHED) -> None:
     """
     if is_local(folder):  # elsewhere a file is there or it is not
         for path in folder.rglob("*" + ending):
-            path.unlink(missing_ok=True)
+            if path.is_symlink() or not path.is_dir():  # a link goes, and not what it leads to
+                path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------- errors

@@ -18,8 +18,9 @@ import re
 from pathlib import Path
 
 from explaind_core.errors import StoreError
+from explaind_core.store.guarded_files import is_plain
 from explaind_core.store.json_files import MANIFEST_NAME
-from explaind_core.store.locations import UNFINISHED, look_again
+from explaind_core.store.locations import UNFINISHED, is_local, look_again
 from explaind_core.store.store_files import StoreFiles
 
 __all__ = ["CLOSED_NAME", "LOCK_NAME", "LOG_NAME", "RunLayout"]
@@ -108,9 +109,13 @@ class RunLayout(StoreFiles):
         """
         if not self.path.exists():
             return True
-        known = {LOCK_NAME, self.start_path.name}
-        known |= {f"{name}{UNFINISHED}" for name in (self.start_path.name, MANIFEST_NAME)}
-        return self.path.is_dir() and all(path.is_file() and path.name in known for path in self.path.iterdir())
+        known = "|".join(map(re.escape, (self.start_path.name, MANIFEST_NAME)))
+        left = re.compile(rf"{re.escape(LOCK_NAME)}|{re.escape(self.start_path.name)}|({known})(\.\w+)?{UNFINISHED}")
+        return self.path.is_dir() and all(self._is_left(path, left) for path in self.path.iterdir())
+
+    def _is_left(self, path: Path, names: re.Pattern[str]) -> bool:
+        # A link is no file that a recording leaves: it is whoever planted it who must say what it is for.
+        return bool(names.fullmatch(path.name)) and (is_plain(path) if is_local(path) else path.is_file())
 
     def found_steps(self) -> list[int]:
         """The steps whose files are there.

@@ -18,7 +18,7 @@ from torch import Tensor
 from explaind_core.errors import StoreError
 from explaind_core.store.json_files import MANIFEST_NAME, VERSION
 from explaind_core.store.json_schema import COUNT, MANIFEST, mismatch
-from explaind_core.store.locations import is_local, names_in, remove, total_bytes
+from explaind_core.store.locations import is_local, names_in, remove, remove_unfinished, total_bytes
 from explaind_core.store.run_layout import CLOSED_NAME, LOCK_NAME, LOG_NAME, RunLayout
 from explaind_core.store.tensor_file import Contents
 from explaind_core.store.writing_lock import LockWords, WritingLock
@@ -89,6 +89,11 @@ class RunStore(RunLayout):
         """
         if is_local(self.path):
             self._lock = WritingLock(self.path / LOCK_NAME, where=self.path, words=_LOCK_WORDS)
+            try:
+                remove_unfinished(self.path)  # what kills left: nobody else writes here any more
+            except OSError as error:
+                self.unlock()
+                raise self._write_error(self.path, error) from error
 
     def unlock(self) -> None:
         """Let others write the run."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
+import stat
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +21,8 @@ from explaind_core.store.locations import write_error
 __all__ = ["WorkingFolder"]
 
 _LOCK = "in-use.lock"
+#: How ``tempfile`` calls such a folder.
+_MADE = re.compile(r"explaind-[a-z]+-[a-z0-9_]{8}")
 #: Seconds after which a folder whose lock nobody holds belongs to nobody: one that is just being made has none yet.
 _ABANDONED = 60.0
 
@@ -93,7 +97,7 @@ class WorkingFolder:
         """
         path = self.path / name
         try:
-            with path.open("wb") as file:
+            with path.open("xb") as file:
                 if hasattr(os, "posix_fallocate") and size:
                     os.posix_fallocate(file.fileno(), 0, size)
                 else:
@@ -120,7 +124,14 @@ class WorkingFolder:
 def _remove_abandoned(parent: Path) -> None:
     for path in parent.glob(f"explaind-*/{_LOCK}"):
         with contextlib.suppress(OSError, filelock.Timeout):  # another user's, in use, or gone meanwhile
-            mine = not hasattr(os, "getuid") or path.stat().st_uid == os.getuid()
-            if mine and time.time() - path.stat().st_mtime > _ABANDONED:
+            if _is_own(path) and time.time() - path.lstat().st_mtime > _ABANDONED:
                 with filelock.FileLock(path, timeout=0):
                     shutil.rmtree(path.parent)
+
+
+def _is_own(lock: Path) -> bool:
+    """Whether a lock lies in a folder that was made here by this user: others may plant links to his in such places."""
+    folder, file = lock.parent.lstat(), lock.lstat()
+    mine = not hasattr(os, "getuid") or folder.st_uid == file.st_uid == os.getuid()
+    made = _MADE.fullmatch(lock.parent.name) and stat.S_ISDIR(folder.st_mode)
+    return bool(mine and made and stat.S_ISREG(file.st_mode) and file.st_nlink == 1)

@@ -156,6 +156,7 @@ class StoreFiles(JsonFiles):
     def _opened(self, path: Path, what: str, *, of_any_run: bool = False) -> Iterator[tuple[BinaryIO, Contents]]:
         run, version = ("", VERSION) if of_any_run else self._identified()
         try:
+            self._check_way(path)
             with opened(path) as (file, size):
                 contents = read_contents(file, size, sealed=version > 1)
                 if version > 1 and contents.file != self._place(path):

@@ -14,7 +14,7 @@ from explaind_core.training_step.input_rows import InputRows, PerRow, Shared
 from explaind_core.training_step.losses import LossFunction, describe_loss, rebuild_loss
 from explaind_core.training_step.model import ModelCall, ParameterInfo, run_model
 from explaind_core.training_step.model_parts import different_parts, model_parts
-from explaind_core.training_step.optimizers import rebuild_optimizer
+from explaind_core.training_step.optimizers import constructor_arguments, rebuild_optimizer
 from explaind_core.training_step.output_entries import differ_beyond_rounding, keeps_outputs, output_entries
 from explaind_core.training_step.recipe import GradientFunction, Recipe, candidates, different
 from explaind_core.training_step.reread import read_again
@@ -36,6 +36,7 @@ __all__ = [
     "SampleLosses",
     "Shared",
     "candidates",
+    "constructor_arguments",
     "describe_loss",
     "differ_beyond_rounding",
     "differences",

@@ -14,6 +14,9 @@ from explaind_core.errors import StoreError
 
 __all__ = ["ForwardState", "random_state"]
 
+#: What autocast lowers operations to, by the name that torch prints; nothing else of torch can be named.
+_LOWERED = {str(dtype): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
+
 
 @dataclass(frozen=True, eq=False)  # it holds tensors
 class ForwardState:
@@ -93,7 +96,7 @@ class ForwardState:
         Returns:
             The context to compute in.
         """
-        dtype = None if self.autocast is None else getattr(torch, self.autocast.removeprefix("torch."))
+        dtype = None if self.autocast is None else _lowered(self.autocast)
         return torch.autocast(self.device_type, dtype=dtype, enabled=dtype is not None)
 
     def header(self) -> dict[str, Any]:
@@ -124,22 +127,60 @@ class ForwardState:
 
         Returns:
             The state; None where nothing was seen.
+
+        Raises:
+            StoreError: it names a dtype or a device that is none.
         """
         if header is None:
             return None
+        if header["autocast"] is not None:
+            _lowered(header["autocast"])
+        for name in (header["device_type"], *header["rng"]):
+            _device(name)
         kept = {device: rng[device] for device in header["rng"]}
         return cls(**{**header, "exceptions": tuple(header["exceptions"]), "rng": kept, "outputs": outputs or {}})
 
 
-def _submodule(model: nn.Module, name: str) -> nn.Module:
+def _lowered(name: object) -> torch.dtype:
+    """A dtype that autocast was recorded with."""
+    if not isinstance(name, str) or name not in _LOWERED:
+        raise _unknown("dtype", name, sorted(_LOWERED))
+    return _LOWERED[name]
+
+
+def _device(name: object) -> torch.device:
+    """A device by the name that torch prints; torch itself tells which kinds there are."""
+    expected = "cpu, cuda:0 and the like"
     try:
-        return model.get_submodule(name)
-    except AttributeError as error:
+        found = torch.device(str(name))
+    except RuntimeError as error:
+        raise _unknown("device", name, expected) from error
+    if found.type == "meta":  # which computes nothing
+        raise _unknown("device", name, expected)
+    return found
+
+
+def _unknown(what: str, name: object, expected: object) -> StoreError:
+    return StoreError(
+        f"the pass of a batch names a {what} that is none",
+        where="forward, in the header of a step",
+        expected=expected,
+        got=repr(name)[:100],
+        remedy="do not use this store: it was not written by explaind",
+    )
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    found: nn.Module | None = dict(model.named_modules(remove_duplicate=False)).get(
+        name
+    )  # no attribute that is no module is touched
+    if found is None:
         raise StoreError(
             "the model lacks a module that was there when the run was recorded",
             where=f"module {name!r}",
             remedy="build the architecture that was recorded",
-        ) from error
+        )
+    return found
 
 
 def random_state(device: str | torch.device) -> Tensor:

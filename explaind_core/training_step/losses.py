@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ def rebuild_loss(description: dict[str, Any] | None) -> LossFunction | None:
     module, _, name = description["name"].rpartition(".")
     if module == torch_losses.__name__ and "settings" in description and name in torch_losses.__all__:
         try:
-            loss: LossFunction = getattr(torch_losses, name)(**description["settings"])
+            loss: LossFunction = _with_settings(getattr(torch_losses, name), description["settings"])
         except (TypeError, ValueError, RuntimeError) as error:
             raise StoreError(
                 f"the recorded loss cannot be built again: {error}",
@@ -85,3 +85,11 @@ def rebuild_loss(description: dict[str, Any] | None) -> LossFunction | None:
         function: LossFunction = getattr(torch.nn.functional, name)
         return function
     return transformers_losses.LOSSES.get(name) if module in _OF_TRANSFORMERS else None
+
+
+def _with_settings(kind: Callable[..., nn.Module], settings: Mapping[str, Any]) -> nn.Module:
+    """A loss with its settings, if these are what :func:`describe_loss` keeps of one: plain values."""
+    for name, value in settings.items():
+        if not isinstance(value, bool | int | float | str | None):
+            raise TypeError(f"{name} is a {type(value).__name__}")
+    return kind(**settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,25 @@ import torch
 from explaind_core.errors import StoreError
 from explaind_core.naming import qualified_name
 
-__all__ = ["rebuild_optimizer"]
+__all__ = ["constructor_arguments", "rebuild_optimizer"]
+
+
+def constructor_arguments(kind: type[torch.optim.Optimizer], group: Mapping[str, Any]) -> dict[str, Any]:
+    """Those values of a parameter group that the constructor of ``kind`` has arguments for.
+
+    Args:
+        kind: the class.
+        group: a parameter group.
+
+    Returns:
+        Argument -> value; the parameters themselves are left out.
+
+    Example:
+        >>> constructor_arguments(torch.optim.SGD, {"params": [], "lr": 0.5, "initial_lr": 1.0})
+        {'lr': 0.5}
+    """
+    wanted = inspect.signature(kind).parameters
+    return {key: value for key, value in group.items() if key in wanted and key != "params"}
 
 
 def rebuild_optimizer(
@@ -34,8 +53,7 @@ def rebuild_optimizer(
         >>> rebuild_optimizer(torch.optim.SGD, [group]).param_groups[0]["lr"]
         0.5
     """
-    wanted = inspect.signature(kind).parameters
-    options = {key: value for key, value in groups[0].items() if key in wanted and key != "params"}
+    options = constructor_arguments(kind, groups[0])
     try:
         return kind(groups, **options)
     except Exception as error:

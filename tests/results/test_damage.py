@@ -141,13 +141,15 @@ def test_large_chunks_are_cut_along_other_axes(tmp_path, monkeypatch):
     xr.testing.assert_identical(stored.load(), ask(None, "windows", keep=("step", "parameter", "output")))
 
 
-def test_files_may_be_links_to_where_they_are_kept(tmp_path):
+def test_files_may_be_links_to_where_they_are_kept_if_that_is_said(tmp_path):
     path = tmp_path / "result.zarr"
     shutil.copytree(finished("steps"), tmp_path / "kept")
     for key in files(tmp_path / "kept"):
         (path / key).parent.mkdir(parents=True, exist_ok=True)
         (path / key).symlink_to(tmp_path / "kept" / key)
-    xr.testing.assert_identical(explaind.open_result(path).load(), ask(None))
+    with pytest.raises(StoreError, match="it is a symbolic link"):
+        explaind.open_result(path)
+    xr.testing.assert_identical(explaind.open_result(path, follow_links=True).load(), ask(None))
 
 
 # ------------------------------------------------------------------ what is no result

@@ -58,11 +58,11 @@ def test_two_processes_do_not_write_one_result(tmp_path):
             StoreError, match=r"another process is writing this result[\s\S]*choose another out="
         ) as told:
             ask(tmp_path / "result.zarr")
-        assert f"result.zarr.lock is held by process {other.pid} on " in str(told.value)
+        assert f"result.zarr.explaind-writing is held by process {other.pid} on " in str(told.value)
     finally:
         other.kill()
         other.join(60)
-    assert (tmp_path / "result.zarr.lock").exists()  # but it is nobody's
+    assert (tmp_path / "result.zarr.explaind-writing").exists()  # but it is nobody's
     assert explaind.open_result(tmp_path / "result.zarr", unfinished=True).sizes["step"] == 2
     xr.testing.assert_identical(ask(tmp_path / "result.zarr").load(), ask(None))
     assert [p.name for p in tmp_path.iterdir()] == ["result.zarr"]
@@ -76,16 +76,16 @@ def test_one_process_does_not_write_one_result_twice(tmp_path):
         appending.ResultWriter(path, "question", "step", 3),
     ):
         pass
-    assert not (tmp_path / "result.zarr.lock").exists()
+    assert not (tmp_path / "result.zarr.explaind-writing").exists()
 
 
 def test_a_finished_result_is_read_while_somebody_holds_its_lock(tmp_path):
     ask(tmp_path / "result.zarr")
-    with filelock.FileLock(tmp_path / "result.zarr.lock"):
+    with filelock.FileLock(tmp_path / "result.zarr.explaind-writing"):
         xr.testing.assert_identical(ask(tmp_path / "result.zarr").load(), ask(None))
-    assert (tmp_path / "result.zarr.lock").exists()
+    assert (tmp_path / "result.zarr.explaind-writing").exists()
     ask(tmp_path / "result.zarr")  # nobody holds it: left by a process that was killed when all was done
-    assert not (tmp_path / "result.zarr.lock").exists()
+    assert not (tmp_path / "result.zarr.explaind-writing").exists()
 
 
 # ------------------------------------------------------------------ full disks, folders that cannot be written
@@ -98,7 +98,7 @@ def test_a_failed_write_loses_nothing(tmp_path, monkeypatch, name, number, said,
     writes, limit, original = [], [1000], Path.open
 
     def opened(self, mode="r", *args, **options):
-        if "w" in mode and ".zarr" in str(self):
+        if ("w" in mode or "x" in mode) and ".zarr" in str(self):
             if len(writes) >= limit[0]:
                 raise OSError(number, os.strerror(number), str(self))
             writes.append(self)
