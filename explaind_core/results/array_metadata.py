@@ -30,7 +30,7 @@ def _codec(name: str, configuration: dict[str, Any] | None = None) -> Any:
     return Only({"name": OneOf((name,)), "configuration?": Only(configuration or {})})
 
 
-_ZSTD = _codec("zstd", {"level": int, "checksum": bool})
+_ZSTD = _codec("zstd", {"level": OneOf(range(23)), "checksum": bool})
 _COMPRESSED = (_ZSTD, _codec("crc32c"))
 _CODECS = {
     _TEXT: (_codec("vlen-utf8"), *_COMPRESSED),

@@ -84,7 +84,7 @@ def check_step(
         _unknown("groups", names, parameters),
         _repeated("groups", names),
         _unknown("unfed", header.get("unfed", ()), names),
-        f"an optimizer is number {bad[0]!r} where there are {optimizers}, counted from 0" if bad else None,
+        f"stepped or a group's optimizer is {bad[0]!r} where there are {optimizers}, counted from 0" if bad else None,
     )
 
 

@@ -188,19 +188,7 @@ class Replay:
                 for name, parameter in self._parameters.items():
                     parameter.copy_(trained_before[name])
             calls, outside, groups = self.run.closure_calls(s), self.run.outside(s), self.run.groups(s)
-            try:
-                self._set_groups(groups)
-                self._step(gradients, calls, outside, self.run.stepped(s))
-            except ExplaindError:
-                raise
-            except Exception as error:  # whatever an optimizer says of values and states that are not its own
-                raise StoreError(
-                    f"replayed, the optimizer cannot make step {s}: {error!r}",
-                    where=self.run.store.step_path(s),
-                    expected="hyper-parameters and states as the optimizer has them",
-                    got=self.run.hyper(s),
-                    remedy="replay with the versions of torch and of the optimizer that trained",
-                ) from error
+            self._make_step(groups, gradients, calls, outside, self.run.stepped(s), where=self.run.store.step_path(s))
             after_state = self.state()
             drift = max(
                 (float((p.detach() - trained[n]).abs().max()) for n, p in self._parameters.items() if p.numel()),
@@ -233,8 +221,23 @@ class Replay:
             gradients: what it is fed, by parameter name.
             outside: see :meth:`StoredSteps.outside`.
         """
-        self._set_groups(groups)
-        self._step(gradients, (), outside, (0,))
+        self._make_step(groups, gradients, (), outside, (0,), where=self.run.path)
+
+    def _make_step(self, groups: tuple[dict[str, Any], ...], *fed: Any, where: object) -> None:
+        """:meth:`_step` with these hyper-parameters."""
+        try:
+            self._set_groups(groups)
+            self._step(*fed)
+        except ExplaindError:
+            raise
+        except Exception as error:  # whatever an optimizer says of values and states that are not its own
+            raise StoreError(
+                f"replayed, the optimizer cannot make the step: {error!r}",
+                where=where,
+                expected="hyper-parameters and states as the optimizer has them",
+                got=[{k: v for k, v in group.items() if k != "params"} for group in groups],
+                remedy="replay with the versions of torch and of the optimizer that trained",
+            ) from error
 
     def _step(
         self,

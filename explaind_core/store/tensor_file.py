@@ -308,6 +308,8 @@ def read_entry(file: BinaryIO, name: str, entry: Entry) -> Tensor:
         Damage: its bytes are not the ones that were stored, or do not make the tensor that was declared.
     """
     size = entry.end - entry.begin
+    if entry.codec == "raw" and size != entry.nbytes:
+        raise Damage(f"is damaged: {name!r} is not what was declared", expected=f"{entry.nbytes} bytes", got=size)
     stored: Any = np.empty(size, dtype=np.uint8)
     file.seek(entry.begin)
     if file.readinto(memoryview(stored)) != size:  # type: ignore[attr-defined]

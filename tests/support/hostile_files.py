@@ -43,16 +43,24 @@ def write_json_file(path: Path, value: dict[str, Any], run: str) -> None:
 
 
 def write_log(path: Path, lines: list[Any], run: str) -> None:
-    """A log of a run, every line sealed."""
-    path.write_bytes(b"".join(sealed_json.line(line, run, path.name, number) for number, line in enumerate(lines)))
+    """A log of a run, every line sealed that can be."""
+    content = [
+        sealed_json.line(line, run, path.name, number) if isinstance(line, dict) else json.dumps(line).encode() + b"\n"
+        for number, line in enumerate(lines)
+    ]
+    path.write_bytes(b"".join(content))
 
 
 def write_result(path: Path, document: dict[str, Any]) -> None:
     """The ``zarr.json`` of a result, with the files of its arrays as it says, and every checksum right."""
-    record, arrays = document["attributes"]["explaind"], document["consolidated_metadata"]["metadata"]
+    try:
+        record, arrays = document["attributes"]["explaind"], document["consolidated_metadata"]["metadata"]
+        record["files"], arrays.items()
+    except (LookupError, TypeError, AttributeError):
+        arrays, record = {}, {}
     for name, metadata in arrays.items():
         file = path / name / "zarr.json"
-        if file.parent.is_dir() and file.parent.parent == path:
+        if file.parent.is_dir() and file.parent.parent == path and isinstance(record["files"], dict):
             file.write_text(json.dumps(metadata))
             record["files"][f"{name}/zarr.json"] = checksum(file.read_bytes())
     write_root(path, document)
