@@ -266,9 +266,8 @@ def test_texts_are_as_many_as_the_chunk_says():
 def test_the_largest_chunk_is_read_and_one_more_is_not(result):
     changed = document(result)
     array = changed["consolidated_metadata"]["metadata"]["kernel"]
-    rest = int(np.prod(array["chunk_grid"]["configuration"]["chunk_shape"][1:]))
-    for size, words in ((LARGEST_CHUNK // 8 // rest, "unpacks to"), (LARGEST_CHUNK // 8 // rest + 1, "ever written")):
-        array["chunk_grid"]["configuration"]["chunk_shape"][0] = size
+    for size, words in ((LARGEST_CHUNK // 8, "unpacks to"), (LARGEST_CHUNK // 8 + 1, "ever written")):
+        array["chunk_grid"]["configuration"]["chunk_shape"] = [size, 1, 1]
         write_result(result, changed)
         with pytest.raises(StoreError, match=words):
             explaind.open_result(result)
