@@ -95,3 +95,8 @@ def test_every_kind_of_file_is_among_them():
         for file in any_field.files(old_versions.DATA / "version2" / name)
     }
     assert {"batches.safetensors", "snapshots.safetensors", "000.safetensors", "steps.jsonl", "steps.json"} <= kinds
+
+
+def test_a_parameter_that_left_its_group_and_kept_its_gradient():
+    place = ("header", "groups", 1, "params", 1)
+    look("joint", Path("steps/000/000002.safetensors"), place, any_field.MISSING)
