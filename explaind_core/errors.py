@@ -6,6 +6,8 @@ catches them all; the subclasses tell the stage that refused.
 
 from __future__ import annotations
 
+import re
+
 __all__ = [
     "AmbiguousRuleError",
     "CoefficientError",
@@ -22,7 +24,28 @@ __all__ = [
     "RuleNotFoundError",
     "StoreError",
     "UnsupportedOptionError",
+    "printable",
 ]
+
+#: Control characters of terminals but for tab and newline, what turns the direction of writing, ends lines or cannot be
+#: encoded.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+
+
+def printable(text: object) -> str:
+    r"""Text that may stem from a file, for a terminal: what would steer the terminal is written out.
+
+    Args:
+        text: anything; what ``str`` makes of it is printed.
+
+    Returns:
+        The text with every such character as Python writes it in a literal.
+
+    Example:
+        >>> printable("a" + chr(27) + "[2Jb")
+        'a\\x1b[2Jb'
+    """
+    return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], str(text))
 
 
 class ExplaindError(Exception):
@@ -56,7 +79,7 @@ class ExplaindError(Exception):
         self.what, self.where, self.expected, self.got, self.remedy = what, where, expected, got, remedy
         rows = (("where", where), ("expected", expected), ("got", got), ("remedy", remedy))
         lines = [what, *(f"  {name + ':':<9} {value}" for name, value in rows if value is not None)]
-        super().__init__("\n".join(lines))
+        super().__init__(printable("\n".join(lines)))
 
 
 class PluginError(ExplaindError):

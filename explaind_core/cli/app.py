@@ -18,7 +18,7 @@ from torch import nn
 
 from explaind_core.cli.optimizers import optimizers
 from explaind_core.cli.study import INTERRUPTED, study
-from explaind_core.errors import ExplaindError, QuestionError
+from explaind_core.errors import ExplaindError, QuestionError, printable
 
 __all__ = ["main"]
 
@@ -82,7 +82,7 @@ def verify(
 
     opened = explaind.open_run(run, model=_model(model))
     check = explaind.verify(opened, _inputs(inputs), nodes=_nodes(nodes), tolerance=tolerance)
-    console.print(str(check))
+    console.print(printable(check), markup=False)
     raise typer.Exit(0 if check.agreement == 1.0 and check.update_error <= max_update_error else 1)
 
 
@@ -142,7 +142,7 @@ def attribute(
     opened, samples = explaind.open_run(run, model=_model(model)), _inputs(inputs)
     if out is None or plan:
         planned = explaind.plan(opened, samples, **question)
-        console.print(str(planned), markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(planned), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(0 if planned.fits else 1)
     asked = Question.ask(opened, samples, **question)
     try:
@@ -151,7 +151,7 @@ def attribute(
         console.print(f"interrupted; what was finished lies at {out}: continue by the same command", soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
     closure = explaind.closure_error(result) / (float(abs(result.final).max()) or 1.0)
-    console.print(result)
+    console.print(printable(result), markup=False)
     console.print(f"closure error {closure:.1e} of the largest output; wrote {out}")
     raise typer.Exit(0 if closure <= 1e-4 else 1)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from explaind_core.decomposition.rule_view import FLAT, flat_step, recorded_step, split_flat
-from explaind_core.errors import CoefficientError, RecordingError
+from explaind_core.errors import CoefficientError, RecordingError, StoreError
 from explaind_core.rules import (
     FilterState,
     LinearFilter,
@@ -235,6 +235,9 @@ def split_step(
         replayed: the step.
         memories: parameter name -> its filter; they are advanced, and made where missing.
         penalties: parameter name -> the gradient of a penalty; None where the loss has none.
+
+    Raises:
+        StoreError: there is a gradient of a parameter without hyper-parameters.
     """
     if rule.flat:
         names, shown = list(replayed.hyper), [FLAT]
@@ -243,6 +246,12 @@ def split_step(
         names, shown = [], [n for n in replayed.theta if n in replayed.gradients]
     found = {}
     for name in shown:
+        if not rule.flat and name not in replayed.hyper:
+            raise StoreError(
+                "a step has a gradient of a parameter that is in none of its groups",
+                where=f"step {replayed.step}, parameter {name!r}",
+                remedy="do not use this store: it was not written by explaind",
+            )
         member = rule if rule.flat else rule.member(replayed.hyper[name])
         if name not in memories:
             shape = torch.Size([size]) if rule.flat else replayed.theta[name].shape

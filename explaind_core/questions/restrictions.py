@@ -223,9 +223,9 @@ def resolve_train(run: Run, train: Any, gradient_steps: Sequence[int]) -> TrainE
         unknown = sorted(set(chosen) - set(seen))
         if unknown:
             # A sample that no gradient in scope is of added nothing; one that the run never saw is a mistake.
-            ever.update(range(run.manifest.get("train_size") or 0))
-            ever.update(i for s in (() if ever else run.steps) for i in run.sample_ids(s).tolist())
-            unknown = [i for i in unknown if i not in ever]
+            size = run.manifest.get("train_size")
+            ever.update(i for s in (() if size else run.steps) for i in run.sample_ids(s).tolist())
+            unknown = [i for i in unknown if i not in ever and not 0 <= i < (size or 0)]
         if unknown or not chosen:
             raise QuestionError(
                 f"{len(unknown)} ids are of no sample that was trained on" if unknown else "no sample is asked for",

@@ -13,11 +13,11 @@ result that is whole up to some block. Any zarr reader can read it; ``xarray.ope
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,18 @@ import xarray as xr
 import zarr
 
 from explaind_core.errors import StoreError
+from explaind_core.results.array_metadata import (
+    DOCUMENT,
+    LARGEST_CHUNK,
+    RECORD_FIELDS,
+    check_arrays,
+    check_folder,
+    chunk_bytes,
+    declared_text,
+)
+from explaind_core.results.chunk_file import frame_fault, text_fault
 from explaind_core.results.zarr_folder import PARTIAL, check_plain_folder, zarr_store
-from explaind_core.store import is_inside, locate, names_in, read_bytes, reason
+from explaind_core.store import LONGEST_JSON, is_inside, locate, mismatch, names_in, read_bytes, reason
 
 __all__ = [
     "FORMAT",
@@ -47,6 +57,9 @@ FORMAT, VERSION = "explaind-result", 1
 RECORD = "explaind"
 _GROUP = "zarr.json"
 _UNSIGNED = "0" * 32
+#: What a chunk that cannot be compressed is longer than its content.
+_OVERHEAD = 2**20
+_FOREIGN = "do not use this result: it was not written by explaind"
 _AGAIN = "copy it again from where it was computed; or delete it, and ask the question again"
 
 
@@ -186,7 +199,12 @@ def stored_result(folder: Path, record: Record) -> xr.Dataset:
     Returns:
         A Dataset that is read lazily.
     """
-    stored: xr.Dataset = xr.open_zarr(zarr_store(folder, read_only=True), consolidated=True, zarr_format=3, chunks=None)
+    try:  # labels are read at once
+        stored: xr.Dataset = xr.open_zarr(
+            zarr_store(folder, read_only=True), consolidated=True, zarr_format=3, chunks=None
+        )
+    except Exception as error:  # whatever a codec says of bytes that are not its own
+        raise StoreError(f"the labels of the result cannot be read: {error}", where=folder, remedy=_AGAIN) from error
     stored = stored.drop_encoding()  # how it lies here is no advice on how to write it elsewhere
     stored.attrs = {name: value for name, value in stored.attrs.items() if name != RECORD}
     texts = {name: c for name, c in stored.coords.items() if c.dtype.kind in "TO"}
@@ -214,7 +232,7 @@ def read_record(folder: Path, *, follow_links: bool = False) -> Record | None:
     """
     where = folder / _GROUP
     try:
-        raw = read_bytes(where, follow_links=follow_links)
+        raw = read_bytes(where, follow_links=follow_links, longest=LONGEST_JSON)
     except FileNotFoundError:
         # The first thing that is written is zarr.json, so a kill before that leaves nothing but a part of it.
         found = [name for name in names_in(folder) if not name.endswith(PARTIAL)]
@@ -231,7 +249,7 @@ def read_record(folder: Path, *, follow_links: bool = False) -> Record | None:
         raise StoreError(f"this is no result of explaind: {reason(error)}", where=where) from error
     try:
         document = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StoreError(f"the result's metadata are damaged: {error}", where=where, remedy=_AGAIN) from error
     try:
         attributes = document["attributes"]
@@ -256,6 +274,8 @@ def read_record(folder: Path, *, follow_links: bool = False) -> Record | None:
             got=f"version {record['version']}, written by explaind-core {record['created_with']}",
             remedy="open it with that release, or ask the question again",
         )  # fmt: skip
+    _check_document(document, record, where)
+    check_folder(folder)
     arrays = document["consolidated_metadata"]["metadata"]
     outside = [name for name in (*arrays, *record["files"]) if not is_inside(name)]
     if outside:
@@ -268,6 +288,20 @@ def read_record(folder: Path, *, follow_links: bool = False) -> Record | None:
         )
     names = ("question", "axis", "done", "total", "files")
     return Record(**{name: record[name] for name in names}, attributes=attributes, arrays=arrays)
+
+
+def _check_document(document: Mapping[str, Any], record: Mapping[str, Any], where: Path) -> None:
+    """Refuse what this library does not write, before zarr sees any of it."""
+    words = mismatch(record, RECORD_FIELDS, f"attributes.{RECORD}") or mismatch(document, DOCUMENT)
+    if not words:
+        arrays, attributes = document["consolidated_metadata"]["metadata"], document["attributes"]
+        words = check_arrays(arrays, attributes, record["axis"], record["total"])
+        if not words and record["done"] > record["total"]:
+            words = f"attributes.{RECORD}.done is {record['done']} of {record['total']}"
+        if not words and set(record["files"]) != {f"{name}/{_GROUP}" for name in arrays}:
+            words = f"attributes.{RECORD}.files does not name the metadata of each array"
+    if words:
+        raise StoreError(f"the result's metadata are not as they must be: {words}", where=where, remedy=_FOREIGN)
 
 
 def _what_else(found: list[str]) -> str:
@@ -295,23 +329,50 @@ def check_files(folder: Path, record: Record, *, contents: bool, follow_links: b
     check_plain_folder(folder, follow_links=follow_links)
     for key, expected in record.files.items():
         try:
-            found = checksum(read_bytes(folder / key, follow_links=follow_links))
+            raw = read_bytes(folder / key, follow_links=follow_links, longest=LONGEST_JSON)
         except OSError as error:
             raise _damaged(folder, key, f"is missing or cannot be read: {reason(error)}") from error
-        if found != expected:
+        if checksum(raw) != expected:
             raise _damaged(folder, key, "is damaged: the checksum differs")
+        if _parsed(raw) != record.arrays[key.rpartition("/")[0]]:
+            raise _damaged(folder, key, f"says something else than {_GROUP} says of that array")
     group = zarr.open_group(zarr_store(folder, read_only=True), mode="r", zarr_format=3, use_consolidated=True)
+    labels = {*str(record.attributes.get("coordinates", "")).split()}
+    labels |= {dim for metadata in record.arrays.values() for dim in metadata.get("dimension_names", ())}
     for name, metadata in record.arrays.items():
         array: Any = group[name]
         for index in _counted_chunks(record, metadata):
             key = "/".join([name, "c", *map(str, index)])
             if not (folder / key).is_file():
                 raise _damaged(folder, key, "is missing")  # zarr would read it as if it were full of one number
+            if contents or name in labels:  # labels are read when the result is opened
+                _check_size(folder, key, metadata, follow_links=follow_links)
             if contents:
                 try:
                     array.blocks[index] if index else array[...]
                 except Exception as error:  # whatever a codec says of bytes that are not its own
                     raise _damaged(folder, key, f"is damaged: {error}") from error
+
+
+def _check_size(folder: Path, key: str, metadata: Mapping[str, Any], *, follow_links: bool) -> None:
+    """Refuse a chunk that would unpack to something else than its array declares."""
+    text = declared_text(metadata)
+    try:
+        content = read_bytes(folder / key, follow_links=follow_links, longest=LARGEST_CHUNK + _OVERHEAD)
+    except OSError as error:
+        raise _damaged(folder, key, f"cannot be read: {reason(error)}") from error
+    fault = frame_fault(content, expected=None if text else chunk_bytes(metadata), most=LARGEST_CHUNK)
+    if fault is None and text:
+        fault = text_fault(content, math.prod(metadata["chunk_grid"]["configuration"]["chunk_shape"]))
+    if fault:
+        raise _damaged(folder, key, f"is damaged: {fault}")
+
+
+def _parsed(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _counted_chunks(record: Record, metadata: Mapping[str, Any]) -> Iterator[tuple[int, ...]]:
@@ -320,7 +381,14 @@ def _counted_chunks(record: Record, metadata: Mapping[str, Any]) -> Iterator[tup
     dims = metadata.get("dimension_names", ())  # left out where there are none
     # Labels are one chunk along the axis, written with the first block.
     lengths = [min(n, record.done) if d == record.axis else n for d, n in zip(dims, metadata["shape"], strict=True)]
-    return product(*(range(-(-n // size)) for n, size in zip(lengths, sizes, strict=True)))
+    counts = [-(-n // size) for n, size in zip(lengths, sizes, strict=True)]
+    # One at a time: where there are fewer files than chunks are declared, the first that is missing is told at once.
+    for position in range(math.prod(counts)):
+        index = []
+        for count in reversed(counts):
+            position, entry = divmod(position, count)
+            index.append(entry)
+        yield tuple(reversed(index))
 
 
 def _damaged(folder: Path, key: str, how: str) -> StoreError:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from explaind_core.errors import printable
 from explaind_core.run.step_records import StepRecords
 
 __all__ = ["RunDescription"]
@@ -101,7 +102,7 @@ class RunDescription:
         }
         for key, value in (self.provenance or {}).items():
             rows[key] = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else value
-        return "\n".join(f"{key:<12} {value}" for key, value in rows.items())
+        return "\n".join(f"{printable(key):<12} {printable(value)}" for key, value in rows.items())
 
 
 def _groups(groups: tuple[Mapping[str, Any], ...] | None) -> str:

@@ -7,8 +7,7 @@ from typing import Any
 
 import xarray as xr
 
-from explaind_core.errors import StoreError
-from explaind_core.store import COUNT, mismatch
+from explaind_core.store import LINE, check_json
 
 __all__ = ["metrics_of"]
 
@@ -34,9 +33,7 @@ def metrics_of(lines: Iterable[Mapping[str, Any]], *, until: int, where: object)
     """
     rows: dict[int, dict[str, float]] = {}
     for number, entry in enumerate(lines, 1):
-        words = mismatch(entry, {"step": COUNT}) or mismatch(list(entry.values()), [(int, float)])
-        if words:
-            raise StoreError(f"a line of metrics.jsonl is not as it must be: {words}", where=f"{where}, line {number}")
+        check_json(entry, LINE, what="a line of metrics.jsonl", where=f"{where}, line {number}")
         if entry["step"] <= until:
             rows.setdefault(entry["step"], {}).update({k: v for k, v in entry.items() if k != "step"})
     steps = sorted(rows)

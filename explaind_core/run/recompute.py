@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from explaind_core import trees
-from explaind_core.errors import QuestionError, StoreError
+from explaind_core.errors import ExplaindError, QuestionError, StoreError
 from explaind_core.run.explained_steps import ExplainedSteps
 from explaind_core.run.replay import Replay
 from explaind_core.store import RunStore, StoredFile
@@ -202,16 +202,27 @@ class Recomputation:
                 self._model.get_buffer(name).copy_(buffer)
         names = {n for group in header["groups"] for n in group["params"]}
         trained = [n for n in run.parameters if n in names]
-        found = Recipe(**header.get("recipe", {})).gradients(
-            self._model,
-            run.batch(s).micro,
-            self._loss,
-            fed=[n for n in trained if n not in header["unfed"]],
-            trained=trained,
-            clips=run.clips(s),
-            gradient=self._backward,
-            penalty=self._penalty,
-        )
+        micro, clips = run.batch(s).micro, run.clips(s)
+        try:
+            found = Recipe(**header.get("recipe", {})).gradients(
+                self._model,
+                micro,
+                self._loss,
+                fed=[n for n in trained if n not in header["unfed"]],
+                trained=trained,
+                clips=clips,
+                gradient=self._backward,
+                penalty=self._penalty,
+            )
+        except ExplaindError:
+            raise
+        except Exception as error:  # whatever a model and a loss say of a batch that is not theirs
+            raise StoreError(
+                f"the gradient of step {s} cannot be computed again: {error!r}",
+                where=run.store.step_path(s),
+                expected="a batch that the model and the loss take",
+                remedy="open the run with the model, the loss and gradient= that it was trained with",
+            ) from error
         return {n: g.detach() for n, g in found.items()}
 
     def _drifted(self, s: int, what: str) -> NoReturn:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from explaind_core import trees
-from explaind_core.errors import StoreError
+from explaind_core.errors import ExplaindError, StoreError
 from explaind_core.rules import OWNER, RegisteredRule
 from explaind_core.run.explained_steps import ExplainedSteps
 
@@ -180,11 +180,11 @@ class Replay:
             trained_before, trained = trained, self.run.theta(s, point="gradient")
             theta = self.run.theta(s) if elsewhere else trained
             gradients = self.run.gradients(s)
-            self._set_groups(self.run.groups(s))
             with torch.no_grad():
                 for name, parameter in self._parameters.items():
                     parameter.copy_(trained_before[name])
-            self._step(gradients, self.run.closure_calls(s), self.run.outside(s), self.run.stepped(s))
+            calls, outside, groups = self.run.closure_calls(s), self.run.outside(s), self.run.groups(s)
+            self._make_step(groups, gradients, calls, outside, self.run.stepped(s), where=self.run.store.step_path(s))
             after_state = self.state()
             drift = max(
                 (float((p.detach() - trained[n]).abs().max()) for n, p in self._parameters.items() if p.numel()),
@@ -217,8 +217,23 @@ class Replay:
             gradients: what it is fed, by parameter name.
             outside: see :meth:`StoredSteps.outside`.
         """
-        self._set_groups(groups)
-        self._step(gradients, (), outside, (0,))
+        self._make_step(groups, gradients, (), outside, (0,), where=self.run.path)
+
+    def _make_step(self, groups: tuple[dict[str, Any], ...], *fed: Any, where: object) -> None:
+        """:meth:`_step` with these hyper-parameters."""
+        try:
+            self._set_groups(groups)
+            self._step(*fed)
+        except ExplaindError:
+            raise
+        except Exception as error:  # whatever an optimizer says of values and states that are not its own
+            raise StoreError(
+                f"replayed, the optimizer cannot make the step: {error!r}",
+                where=where,
+                expected="hyper-parameters and states as the optimizer has them",
+                got=[{k: v for k, v in group.items() if k != "params"} for group in groups],
+                remedy="replay with the versions of torch and of the optimizer that trained",
+            ) from error
 
     def _step(
         self,

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from explaind_core.copies import plain_copy, without_backward_hooks
 from explaind_core.data import IndexedDataset
-from explaind_core.errors import QuestionError, StoreError
+from explaind_core.errors import QuestionError, StoreError, printable
 from explaind_core.naming import plain, plain_name
 from explaind_core.rules import Registry, UpdateRule
 from explaind_core.run.description import RunDescription
@@ -100,7 +100,7 @@ class Run(ExplainedSteps):
 
     def __repr__(self) -> str:
         return (
-            f"Run({str(self.path)!r}: {len(self.steps)} steps of {self.manifest['optimizer']} on "
+            f"Run({str(self.path)!r}: {len(self.steps)} steps of {printable(self.manifest['optimizer'])} on "
             f"{sum(p.shape.numel() for p in self.parameters.values()):,} parameters"
             f"{f', explained by {self.rule}' if self.rule is not None and self.rule.inferred else ''})"
         )

@@ -14,8 +14,9 @@ from torch import Tensor
 from explaind_core import trees
 from explaind_core.data import IndexedDataset
 from explaind_core.errors import QuestionError, StoreError
+from explaind_core.run.consistency import check_batch, check_manifest, check_start, check_step
 from explaind_core.run.metrics import metrics_of
-from explaind_core.store import DTYPES, LOG_NAME, STEP, RunStore, mismatch
+from explaind_core.store import BATCH, DTYPES, LOG_NAME, RunStore, check_json, step_pattern
 from explaind_core.training_step import Batch, ForwardState, InputRows, MicroBatch, ParameterInfo, read_again
 
 __all__ = ["StepRecords"]
@@ -47,6 +48,7 @@ class StepRecords:
     def __init__(self, store: RunStore, *, until: int | None, damaged: bool, dataset: IndexedDataset | None) -> None:
         self.store, self.dataset, self._damaged = store, dataset, damaged
         self.manifest = store.read_manifest(damaged=damaged)
+        check_manifest(self.manifest, where=store.path / "manifest.json")
         self.mode: str = self.manifest.get("mode", "steps")
         self.point = "gradient"
         self.parameters: Mapping[str, ParameterInfo] = {
@@ -54,7 +56,8 @@ class StepRecords:
             for p in self.manifest["parameters"]
         }
         if not damaged:
-            store.check_file(store.start_path, what="the start of the run")
+            declared = store.declared_shapes(store.start_path, what="the start of the run")
+            check_start(declared, self.parameters, where=store.start_path)
         self.steps = range(1, store.count_steps(until=until, damaged=damaged) + 1)
         self._closed = store.closed(damaged=damaged)
         self.complete = self._closed is not None
@@ -128,9 +131,9 @@ class StepRecords:
 
     def _read_header(self, s: int) -> dict[str, Any]:
         header: dict[str, Any] = self.store.read_header(self.store.step_path(s), what=f"step {s}")
-        words = mismatch(header, STEP)
-        if words:
-            raise StoreError(f"the header of step {s} is not as it must be: {words}", where=self.store.step_path(s))
+        where, what = self.store.step_path(s), f"the header of step {s}"
+        check_json(header, step_pattern(self.mode), what=what, where=where)
+        check_step(header, s, self.parameters, len(self.optimizers), where=where)
         return header
 
     def step_header(self, s: int) -> Mapping[str, Any]:
@@ -265,10 +268,11 @@ class StepRecords:
         states = self._step_tensors(s, "rng/", "rows/", "draws/", "owners/", "outputs/")
         for index, (ids, entry) in enumerate(zip(self._ids(s, len(entries)), entries, strict=True)):
             rng, outputs = _under(f"rng/{index}/", states), _under(f"outputs/{index}/", states)
+            owners = _under(f"owners/{index}/", states)
+            check_batch(entry, ids, rng, owners, where=self.store.step_path(s), place=f"batches[{index}]")
             forward = ForwardState.stored(entry.get("forward"), rng, outputs)
             inputs, targets = self._content(s, entry, ids, states, index)
-            owners = {int(n): t for n, t in _under(f"owners/{index}/", states).items()}
-            rows = InputRows.stored(entry.get("rows"), owners)
+            rows = InputRows.stored(entry.get("rows"), {int(leaf): t for leaf, t in owners.items()})
             micro.append(MicroBatch(ids, inputs, targets, entry["weight"], forward, rows))
         return Batch(tuple(micro))
 
@@ -282,6 +286,7 @@ class StepRecords:
             rows = self.store.unflatten({"#tensor": f"rows/{index}"}, states, step, what=f"step {s}")
             return read_again(self.dataset, ids, states.get(f"draws/{index}"), entry["key"], rows, step=s)
         stored = self.store.read_tensors(path, what=what)
+        check_json(stored.header, BATCH, what=what, where=path)
         data = self.store.unflatten(stored.header, stored.tensors, path, what=what)
         return data["inputs"], data["targets"]
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from explaind_core.errors import StoreError
+from explaind_core.run.consistency import check_state
 from explaind_core.run.step_records import StepRecords
-from explaind_core.store import StoredFile
+from explaind_core.store import SNAPSHOT, START, StoredFile, check_json
 
 __all__ = ["RecomputedSteps", "StoredSteps"]
 
@@ -55,17 +56,28 @@ class StoredSteps(StepRecords):
         raise NotImplementedError  # takes the model
 
     # ------------------------------------------------------------------ where the tensors are
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        """What the tensors of steps must be, by their names in a file."""
+        kinds = {"theta": True, "evaluated": True, "gradient": False}
+        return {
+            f"{kind}/{name}": (tuple(info.shape), info.dtype if same else None)
+            for kind, same in kinds.items()
+            for name, info in self.parameters.items()
+        }
+
     def _step(self, s: int, *only: str) -> StoredFile:
         """Step s, computed again where it was not stored; at least the tensors whose names start as ``only`` says."""
         if self.mode == "snapshots":
             return self._recomputed.stored(s)
-        return self.store.read_tensors(self.store.step_path(s), what=f"step {s}", only=only)
+        return self.store.read_tensors(self.store.step_path(s), what=f"step {s}", only=only, shapes=self._shapes)
 
     def _after(self, s: int, *only: str) -> Mapping[str, Tensor]:
         """The tensors that hold theta and the buffers after step s; of a snapshot without computing anything."""
         if self.mode == "snapshots" and s in self._kept:
             path = self.store.snapshot_path(s)
-            return self.store.read_tensors(path, what=f"the snapshot after step {s}", only=only).tensors
+            what = f"the snapshot after step {s}"
+            return self.store.read_tensors(path, what=what, only=only, shapes=self._shapes).tensors
         return self._step(s, *only).tensors
 
     def start_tensors(self, prefix: str) -> dict[str, Tensor]:
@@ -80,7 +92,8 @@ class StoredSteps(StepRecords):
         Raises:
             StoreError: the start of the run is damaged.
         """
-        tensors = self.store.read_tensors(self.store.start_path, what="the start of the run", only=prefix).tensors
+        path, what = self.store.start_path, "the start of the run"
+        tensors = self.store.read_tensors(path, what=what, only=prefix, shapes=self._shapes).tensors
         return {n.removeprefix(prefix): t for n, t in tensors.items()}
 
     # ------------------------------------------------------------------ parameters
@@ -140,7 +153,10 @@ class StoredSteps(StepRecords):
         if snapshot == 0:
             return []
         path = self.store.snapshot_path(snapshot)
-        names: list[str] = self.store.read_header(path, what=f"the snapshot after step {snapshot}")["trained"]
+        what = f"the snapshot after step {snapshot}"
+        header = self.store.read_header(path, what=what)
+        check_json(header, SNAPSHOT | {"trained": [str]}, what=what, where=path)
+        names: list[str] = header["trained"]
         return names
 
     # ------------------------------------------------------------------ buffers
@@ -209,9 +225,16 @@ class StoredSteps(StepRecords):
         for name, info in self.parameters.items():
             if f"gradient/{name}" in stored:
                 found[name] = stored[f"gradient/{name}"]
-            elif f"sparse_indices/{name}" in stored:
+            elif f"sparse_indices/{name}" in stored and f"sparse_values/{name}" in stored:
                 indices, values = stored[f"sparse_indices/{name}"], stored[f"sparse_values/{name}"]
-                found[name] = torch.sparse_coo_tensor(indices, values, info.shape, check_invariants=True)
+                try:
+                    found[name] = torch.sparse_coo_tensor(indices, values, info.shape, check_invariants=True)
+                except (RuntimeError, TypeError, ValueError) as error:
+                    raise StoreError(
+                        f"the sparse gradient of step {s} does not fit the manifest: {error}",
+                        where=f"{self.store.step_path(s)}, parameter {name!r}",
+                        expected=f"a gradient of the shape {tuple(info.shape)}",
+                    ) from error
         return found
 
     def closure_calls(self, s: int) -> tuple[tuple[float, dict[str, Tensor]], ...]:
@@ -248,7 +271,7 @@ class StoredSteps(StepRecords):
         self.check_step(s)
         found: dict[str, dict[str, Tensor]] = {}
         for key, tensor in self._step_tensors(s, "outside/").items():
-            _, entry, name = key.split("/", 2)
+            entry, _, name = key.removeprefix("outside/").partition("/")
             found.setdefault(name, {})[entry] = tensor
         return found
 
@@ -268,8 +291,10 @@ class StoredSteps(StepRecords):
         path = self.store.start_path if s == 0 else self.store.snapshot_path(s)
         what = f"the optimizer's state after step {s}"
         stored = self.store.read_tensors(path, what=what, only="state/")
+        check_json(stored.header, START if s == 0 else SNAPSHOT, what=what, where=path)
         tensors = {n.removeprefix("state/"): t for n, t in stored.tensors.items()}
         state: dict[str, dict[str, Any]] = self.store.unflatten(stored.header["state"], tensors, path, what=what)
+        check_state(state, self.parameters, what=what, where=path)
         return state
 
     def snapshots(self) -> list[int]:

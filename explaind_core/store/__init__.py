@@ -9,8 +9,20 @@ from explaind_core.store.compression import pack, unpack
 from explaind_core.store.guarded_files import check_tree, is_inside
 from explaind_core.store.integrity import damages
 from explaind_core.store.json_files import MANIFEST_NAME, VERSION
-from explaind_core.store.json_schema import COUNT, STEP, mismatch
+from explaind_core.store.json_schema import (
+    ANY_NUMBER,
+    COUNT,
+    JSON,
+    NUMBER,
+    POSITIVE,
+    Every,
+    OneOf,
+    Only,
+    check_json,
+    mismatch,
+)
 from explaind_core.store.locations import (
+    LONGEST_JSON,
     is_local,
     locate,
     names_in,
@@ -22,6 +34,7 @@ from explaind_core.store.locations import (
     write_error,
 )
 from explaind_core.store.readable_size import parse_size, readable_size
+from explaind_core.store.run_schema import BATCH, LINE, SNAPSHOT, START, step_pattern
 from explaind_core.store.run_store import FORMAT, LOG_NAME, RunStore
 from explaind_core.store.scratch import WorkingFolder
 from explaind_core.store.size import StoreSize, check_space, store_size
@@ -31,14 +44,25 @@ from explaind_core.store.write_queue import WriteQueue, settle
 from explaind_core.store.writing_lock import LockWords, WritingLock
 
 __all__ = [
+    "ANY_NUMBER",
+    "BATCH",
     "COUNT",
     "DTYPES",
     "FORMAT",
+    "JSON",
+    "LINE",
     "LOG_NAME",
+    "LONGEST_JSON",
     "MANIFEST_NAME",
-    "STEP",
+    "NUMBER",
+    "POSITIVE",
+    "SNAPSHOT",
+    "START",
     "VERSION",
+    "Every",
     "LockWords",
+    "OneOf",
+    "Only",
     "RunStore",
     "StoreFiles",
     "StoreSize",
@@ -46,6 +70,7 @@ __all__ = [
     "WorkingFolder",
     "WriteQueue",
     "WritingLock",
+    "check_json",
     "check_space",
     "check_tree",
     "damages",
@@ -63,6 +88,7 @@ __all__ = [
     "remove_unfinished",
     "replace",
     "settle",
+    "step_pattern",
     "store_size",
     "unpack",
     "write_error",

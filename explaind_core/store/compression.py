@@ -20,6 +20,8 @@ _CHUNK = 1 << 26
 #: What is smaller is not worth a chunk's header of 16 bytes.
 _SMALLEST = 256
 _HEADER = 16
+#: LZ4 writes a byte for every 255 that repeat: nothing is larger than so many times its packed bytes.
+_LARGEST_RATIO = 255
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -71,7 +73,8 @@ def unpack(packed: memoryview, size: int) -> Bytes:
         head = bytes(packed[position : position + _HEADER])
         plain, taken = (int.from_bytes(head[at : at + 4], "little") for at in (4, 12))
         chunk = packed[position : position + taken]
-        if head[:1] != b"\x02" or taken <= _HEADER or len(chunk) != taken or not 0 < plain <= _CHUNK:
+        whole = head[:1] == b"\x02" and _HEADER < taken == len(chunk)
+        if not whole or not 0 < plain <= min(_CHUNK, _LARGEST_RATIO * taken):
             raise ValueError("it is no sequence of chunks of blosc")
         chunks.append((chunk, filled, filled + plain))
         position, filled = position + taken, filled + plain

@@ -9,10 +9,14 @@ from typing import Any
 
 from explaind_core.errors import StoreError
 from explaind_core.progress import track
-from explaind_core.store.json_schema import STEP, mismatch
+from explaind_core.store.json_schema import mismatch
+from explaind_core.store.run_schema import step_pattern
 from explaind_core.store.run_store import LOG_NAME, RunStore
 
 __all__ = ["damages"]
+
+#: So many missing steps are told one by one.
+_TOLD = 1000
 
 
 def damages(store: RunStore, *, progress: bool = False) -> tuple[StoreError, ...]:
@@ -46,15 +50,30 @@ def damages(store: RunStore, *, progress: bool = False) -> tuple[StoreError, ...
             return tuple(found)
     closed, steps = tried(store.closed) or {}, tried(store.found_steps) or []
     last = max([*steps, closed.get("steps", 0)])
+    # What is declared is told step by step as far as files go; any number may be declared.
+    lost = last - len(steps)
+    wanted = steps if lost > _TOLD else range(1, last + 1)
+    if lost > _TOLD:
+        found.append(
+            StoreError(
+                f"{lost} steps are missing",
+                where=store.path / "steps",
+                expected=f"steps 1..{last}",
+                got=f"{len(steps)} of them",
+                remedy="copy the run again from where it was recorded",
+            )
+        )
     names = {store.start_path: "the start of the run"}
     snapshots = {*store.found_snapshots(), *closed.get("snapshots", [])}
     names |= {store.snapshot_path(s): f"the snapshot after step {s}" for s in sorted(snapshots)}
     names |= dict.fromkeys(store.found_batches(), "a batch")
     lines = closed.get("lines", 0)
-    todo = chain(((0, path) for path in list(names)), ((s, store.step_path(s)) for s in range(1, last + 1)))
-    for s, path in track(todo, len(names) + last, "checking files", enabled=progress):
+    todo = chain(((0, path) for path in list(names)), ((s, store.step_path(s)) for s in wanted))
+    for s, path in track(todo, len(names) + len(wanted), "checking files", enabled=progress):
         stored = tried(partial(store.read_tensors, path, what=f"step {s}" if s else names[path]))
-        header = stored.header if s and stored is not None and mismatch(stored.header, STEP) is None else {}
+        header = (
+            stored.header if s and stored is not None and mismatch(stored.header, step_pattern("steps")) is None else {}
+        )
         lines = max(lines, header.get("lines", 0))
         for entry in header.get("batches", []):
             batch = tried(partial(store.batch_path, entry["key"]))

@@ -10,7 +10,16 @@ from typing import Any
 from explaind_core.errors import StoreError
 from explaind_core.store import sealed_json as sealed
 from explaind_core.store.guarded_files import check_below
-from explaind_core.store.locations import append, is_local, locate, read_bytes, reason, replace, write_error
+from explaind_core.store.locations import (
+    LONGEST_JSON,
+    append,
+    is_local,
+    locate,
+    read_bytes,
+    reason,
+    replace,
+    write_error,
+)
 
 __all__ = ["MANIFEST_NAME", "VERSION", "JsonFiles"]
 
@@ -182,7 +191,7 @@ class JsonFiles:
         """
         path = self.path / name
         try:
-            value = sealed.parse(read_bytes(path))
+            value = sealed.parse(read_bytes(path, longest=LONGEST_JSON))
             version = value.get("version") if name == MANIFEST_NAME else self.version
             # A manifest without a version is none of ours: for whoever asks to say.
             if sealed.CHECKSUM in value or (version != 1 and (name != MANIFEST_NAME or version is not None)):

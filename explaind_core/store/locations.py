@@ -16,6 +16,7 @@ from explaind_core.errors import StoreError
 from explaind_core.store.guarded_files import NotPlainError, appended, fresh_name, opened_plain
 
 __all__ = [
+    "LONGEST_JSON",
     "UNFINISHED",
     "NotPlainError",
     "append",
@@ -37,8 +38,9 @@ __all__ = [
 
 #: How the names of files end that are still being written.
 UNFINISHED = ".unfinished"
-#: No file of JSON is longer.
+#: No log is longer, and no file that is one JSON value: parsed, that takes twenty times as much memory.
 _LONGEST_TEXT = 1 << 30
+LONGEST_JSON = 1 << 26
 
 
 # ---------------------------------------------------------------------- addresses
@@ -169,24 +171,25 @@ def opened(path: Path, *, follow_links: bool = False) -> Iterator[tuple[BinaryIO
         yield found
 
 
-def read_bytes(path: Path, *, follow_links: bool = False) -> bytes:
+def read_bytes(path: Path, *, follow_links: bool = False, longest: int = _LONGEST_TEXT) -> bytes:
     """The whole of a small file.
 
     Args:
         path: the file.
         follow_links: see :func:`opened`.
+        longest: the most bytes that are read; 1 GiB by default.
 
     Returns:
         Its content.
 
     Raises:
-        NotPlainError: there is something else at this path, or more than 1 GiB.
+        NotPlainError: there is something else at this path, or more than that.
         OSError: it is missing, or cannot be read.
     """
     with opened(path, follow_links=follow_links) as (file, size):
-        if size > _LONGEST_TEXT:
-            raise NotPlainError(f"it is {size} bytes long")
-        return file.read()
+        if size > longest:
+            raise NotPlainError(f"it is {size} bytes long, and no such file has more than {longest}")
+        return file.read(size)
 
 
 # ---------------------------------------------------------------------- writing and removing

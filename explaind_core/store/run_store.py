@@ -17,9 +17,10 @@ from torch import Tensor
 
 from explaind_core.errors import StoreError
 from explaind_core.store.json_files import MANIFEST_NAME, VERSION
-from explaind_core.store.json_schema import COUNT, MANIFEST, mismatch
+from explaind_core.store.json_schema import check_json
 from explaind_core.store.locations import is_local, names_in, remove, remove_unfinished, total_bytes
 from explaind_core.store.run_layout import CLOSED_NAME, LOCK_NAME, LOG_NAME, RunLayout
+from explaind_core.store.run_schema import CLOSED, manifest_pattern
 from explaind_core.store.tensor_file import Contents
 from explaind_core.store.writing_lock import LockWords, WritingLock
 
@@ -150,13 +151,7 @@ class RunStore(RunLayout):
                 got=f"version {version}, written by explaind-core {manifest.get('created_with')}",
                 remedy="open it with that release of explaind-core, or a later one",
             )
-        words = mismatch(manifest, MANIFEST if version == 1 else {**MANIFEST, "run": str})
-        if words:
-            raise StoreError(
-                f"the manifest is not as it must be: {words}",
-                where=self.path / MANIFEST_NAME,
-                remedy="do not use this store: it was not written by explaind",
-            )
+        check_json(manifest, manifest_pattern(manifest), what="the manifest", where=self.path / MANIFEST_NAME)
         self._identity = manifest.get("run", ""), manifest["version"]
         return manifest
 
@@ -210,9 +205,8 @@ class RunStore(RunLayout):
         """
         try:
             found = self.read_json(CLOSED_NAME)
-            words = found and mismatch(found, {"steps": COUNT, "lines?": COUNT, "snapshots?": [COUNT]})
-            if words:
-                raise StoreError(f"{CLOSED_NAME} is not as it must be: {words}", where=self.path / CLOSED_NAME)
+            if found is not None:
+                check_json(found, CLOSED, what=CLOSED_NAME, where=self.path / CLOSED_NAME)
         except StoreError:
             if not damaged:
                 raise

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 from uuid import uuid4
 
@@ -16,7 +17,7 @@ from explaind_core import trees
 from explaind_core.errors import StoreError
 from explaind_core.store.json_files import MANIFEST_NAME, VERSION, JsonFiles
 from explaind_core.store.locations import opened
-from explaind_core.store.tensor_file import Contents, Damage, encode, read_contents, read_entry
+from explaind_core.store.tensor_file import Contents, Damage, Shape, check_shapes, encode, read_contents, read_entry
 
 __all__ = ["StoreFiles", "StoredFile"]
 
@@ -86,13 +87,21 @@ class StoreFiles(JsonFiles):
         return sum(map(len, parts))
 
     # ------------------------------------------------------------------ reading
-    def read_tensors(self, path: Path, *, what: str, only: str | tuple[str, ...] = "") -> StoredFile:
+    def read_tensors(
+        self,
+        path: Path,
+        *,
+        what: str,
+        only: str | tuple[str, ...] = "",
+        shapes: Mapping[str, Shape] = MappingProxyType({}),
+    ) -> StoredFile:
         """Read one file.
 
         Args:
             path: inside the folder.
             what: what it is, for the error.
             only: read, and check, the tensors whose names start like this.
+            shapes: what tensors of these names must be; compared before memory is asked for.
 
         Returns:
             Its header and those tensors.
@@ -102,6 +111,7 @@ class StoreFiles(JsonFiles):
         """
         with self._opened(path, what) as (file, contents):
             wanted = {n: e for n, e in contents.entries.items() if n.startswith(only)}
+            check_shapes({n: (e.shape, e.dtype) for n, e in wanted.items()}, shapes)
             return StoredFile(contents.header, {n: read_entry(file, n, e) for n, e in wanted.items()})
 
     def read_header(self, path: Path, *, what: str) -> Any:
@@ -138,6 +148,22 @@ class StoreFiles(JsonFiles):
             if name not in contents.entries:
                 raise Damage(f"holds no {name!r}")
             return read_entry(file, name, contents.entries[name])
+
+    def declared_shapes(self, path: Path, *, what: str) -> dict[str, Shape]:
+        """What a file says of its tensors, without reading them; it is as long as it says.
+
+        Args:
+            path: inside the folder.
+            what: what it is, for the error.
+
+        Returns:
+            Name -> shape and dtype.
+
+        Raises:
+            StoreError: it is missing, truncated, damaged, another file than it should be, or not one of ours.
+        """
+        with self._opened(path, what) as (_, contents):
+            return {name: (entry.shape, entry.dtype) for name, entry in contents.entries.items()}
 
     def check_file(self, path: Path, *, what: str) -> None:
         """Check that a file is there, is the one it should be, and as long as it says, without reading its tensors.

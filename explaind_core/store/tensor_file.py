@@ -26,7 +26,10 @@ from xxhash import xxh3_128_hexdigest
 
 from explaind_core.store.compression import pack, unpack
 
-__all__ = ["DTYPES", "Contents", "Damage", "Entry", "encode", "read_contents", "read_entry"]
+__all__ = ["DTYPES", "Contents", "Damage", "Entry", "Shape", "check_shapes", "encode", "read_contents", "read_entry"]
+
+#: A tensor's shape and dtype; None where any dtype will do.
+Shape = tuple[tuple[int, ...], torch.dtype | None]
 
 #: What safetensors calls the dtypes that it knows; others are stored as bytes.
 _NAMES = {
@@ -262,6 +265,23 @@ def _shape(shape: Any) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def check_shapes(declared: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
+    """Refuse tensors that are larger, smaller or of another kind than what they are stored for.
+
+    Args:
+        declared: what a file says of them.
+        expected: what they must be; others are passed over.
+
+    Raises:
+        Damage: one differs.
+    """
+    for name, (shape, dtype) in declared.items():
+        wanted, kind = expected.get(name, (shape, dtype))
+        if shape != wanted or (kind is not None and dtype != kind):
+            got = (shape, dtype)
+            raise Damage(f"does not fit the manifest in {name!r}", expected=(wanted, kind or dtype), got=got)
+
+
 def _plain_entries(found: Mapping[str, Any], spans: Mapping[str, tuple[int, int]]) -> dict[str, Entry]:
     known = {safe: DTYPES[name] for name, safe in _NAMES.items()} | {"C64": torch.complex64}
     try:
@@ -288,6 +308,8 @@ def read_entry(file: BinaryIO, name: str, entry: Entry) -> Tensor:
         Damage: its bytes are not the ones that were stored, or do not make the tensor that was declared.
     """
     size = entry.end - entry.begin
+    if entry.codec == "raw" and size != entry.nbytes:
+        raise Damage(f"is damaged: {name!r} is not what was declared", expected=f"{entry.nbytes} bytes", got=size)
     stored: Any = np.empty(size, dtype=np.uint8)
     file.seek(entry.begin)
     if file.readinto(memoryview(stored)) != size:  # type: ignore[attr-defined]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -72,7 +74,9 @@ def rebuild_loss(description: dict[str, Any] | None) -> LossFunction | None:
     module, _, name = description["name"].rpartition(".")
     if module == torch_losses.__name__ and "settings" in description and name in torch_losses.__all__:
         try:
-            loss: LossFunction = _with_settings(getattr(torch_losses, name), description["settings"])
+            kind = getattr(torch_losses, name)
+            loss: LossFunction = _with_settings(kind, description["settings"])
+            _check_settings(kind, description["settings"])
         except (TypeError, ValueError, RuntimeError) as error:
             raise StoreError(
                 f"the recorded loss cannot be built again: {error}",
@@ -93,3 +97,23 @@ def _with_settings(kind: Callable[..., nn.Module], settings: Mapping[str, Any]) 
         if not isinstance(value, bool | int | float | str | None):
             raise TypeError(f"{name} is a {type(value).__name__}")
     return kind(**settings)
+
+
+def _check_settings(kind: Callable[..., Any], settings: dict[str, Any]) -> None:
+    """Settings of the kinds that the loss has by default: most losses look at them only when they are called.
+
+    Raises:
+        ValueError: one is something else.
+    """
+    for name, parameter in inspect.signature(kind).parameters.items():
+        value, default = settings.get(name, parameter.default), parameter.default
+        if name == "reduction":
+            fits = value in ("none", "mean", "sum")
+        elif type(default) is int and name != "p":  # the exponent of a distance may be any number
+            fits = type(value) is int and abs(value) < 1 << 63
+        elif type(default) in (int, float):
+            fits = type(value) in (int, float) and math.isfinite(value)
+        else:
+            fits = type(value) is bool or type(default) is not bool
+        if not fits:
+            raise ValueError(f"{name} is {value!r} where {default!r} is the default")
