@@ -14,7 +14,7 @@ from explaind_core.checkpoints.state_dicts import Checkpoints, read_checkpoint
 from explaind_core.errors import StoreError
 from explaind_core.naming import qualified_name
 from explaind_core.progress import track
-from explaind_core.store import MANIFEST_NAME, VERSION, locate, names_in
+from explaind_core.store import MANIFEST_NAME, VERSION, exists, is_folder, locate, names_in
 from explaind_core.training_step import provenance
 
 __all__ = ["import_checkpoints"]
@@ -59,7 +59,7 @@ def import_checkpoints(
     """
     found = Checkpoints.of(checkpoints, labels, model, None)
     store = CheckpointStore(locate(path))
-    if store.path.exists() and (not store.path.is_dir() or names_in(store.path)):
+    if exists(store.path) and (not is_folder(store.path) or names_in(store.path)):
         raise StoreError(
             "there is something at this path already",
             where=store.path,

@@ -53,7 +53,7 @@ def resume(writer: RunWriter, after: int | None = None) -> None:
             where=moved,
             remedy="load that state first: explaind.open_run(...).restore(model, optimizer)",
         )
-    (writer.store.path / "closed.json").unlink(missing_ok=True)
+    writer.store.reopen()
     if later:  # the model stands where it must: not before is anything deleted
         writer.store.delete_after(writer.steps)
     writer.snapshot(None)

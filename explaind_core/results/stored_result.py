@@ -27,7 +27,7 @@ import zarr
 
 from explaind_core.errors import StoreError
 from explaind_core.results.zarr_folder import PARTIAL, zarr_store
-from explaind_core.store import locate, names_in, read_bytes, reason
+from explaind_core.store import exists, locate, names_in, read_bytes, reason, size_of
 
 __all__ = [
     "FORMAT",
@@ -156,7 +156,7 @@ def open_result(path: str | os.PathLike[str], *, unfinished: bool = False, check
             "there is no result here",
             where=folder,
             expected="what was passed as out= to explaind.attribute",
-            got="an empty folder" if folder.exists() else "nothing",
+            got="an empty folder" if exists(folder) else "nothing",
         )
     if not record.finished and not (unfinished and record.done):
         what = f"{record.axis} entries" if record.axis else "blocks"
@@ -289,7 +289,7 @@ def check_files(folder: Path, record: Record, *, contents: bool) -> None:
         array: Any = group[name]
         for index in _counted_chunks(record, metadata):
             key = "/".join([name, "c", *map(str, index)])
-            if not (folder / key).is_file():
+            if size_of(folder / key) is None:
                 raise _damaged(folder, key, "is missing")  # zarr would read it as if it were full of one number
             if contents:
                 try:

@@ -6,13 +6,13 @@ It may import errors, naming, progress, tensors, trees, data and rules.
 from __future__ import annotations
 
 from explaind_core.store.compression import pack, unpack
+from explaind_core.store.folder_contents import exists, is_folder, names_in, size_of
 from explaind_core.store.integrity import damages
 from explaind_core.store.json_files import MANIFEST_NAME, VERSION
 from explaind_core.store.json_schema import COUNT, STEP, mismatch
 from explaind_core.store.locations import (
     is_local,
     locate,
-    names_in,
     read_bytes,
     reason,
     remove_unfinished,
@@ -46,6 +46,8 @@ __all__ = [
     "WritingLock",
     "check_space",
     "damages",
+    "exists",
+    "is_folder",
     "is_local",
     "locate",
     "mismatch",
@@ -58,6 +60,7 @@ __all__ = [
     "remove_unfinished",
     "replace",
     "settle",
+    "size_of",
     "store_size",
     "unpack",
     "write_error",

@@ -9,7 +9,9 @@ from typing import Any
 
 from explaind_core.errors import StoreError
 from explaind_core.store import sealed_json as sealed
-from explaind_core.store.locations import append, locate, read_bytes, reason, replace, write_error
+from explaind_core.store.folder_contents import size_of
+from explaind_core.store.locations import append, locate, read_bytes, reason, remove, replace, write_error
+from explaind_core.store.remote_files import StorageError
 
 __all__ = ["MANIFEST_NAME", "VERSION", "JsonFiles"]
 
@@ -97,7 +99,7 @@ class JsonFiles:
         """
         path = self.path / name
         self.count_lines(name)
-        if path.exists() and path.stat().st_size != self._logs[name][0]:
+        if (size_of(path) or 0) != self._logs[name][0]:
             self._append(path, self._logs[name][0], b"")
 
     def count_lines(self, name: str) -> int:
@@ -113,7 +115,7 @@ class JsonFiles:
             StoreError: a line is damaged.
         """
         path = self.path / name
-        size = path.stat().st_size if path.exists() else 0
+        size = size_of(path) or 0
         if name not in self._logs or self._logs[name][0] != size:
             content, lines = self._lines(name)
             self._logs[name] = len(content), len(lines)
@@ -149,13 +151,23 @@ class JsonFiles:
         except OSError as error:
             raise self._write_error(path, error) from error
 
+    def _remove(self, path: Path) -> None:
+        """Delete a file or a folder, where it is there."""
+        try:
+            remove(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise self._write_error(path, error) from error
+
     def _write_error(self, path: Path, error: OSError) -> StoreError:
         kept = f"the steps recorded so far are intact: explaind.open_run({str(self.path)!r}, ...) reads them"
         return write_error(error, path, kept, what="the run store")
 
     # ------------------------------------------------------------------ reading
     def _read_error(self, path: Path, what: str, error: OSError) -> StoreError:
-        return StoreError(f"{what} cannot be read: {reason(error)}", where=path, remedy=self._remedy(path))
+        remedy = error.remedy if isinstance(error, StorageError) else self._remedy(path)
+        return StoreError(f"{what} cannot be read: {reason(error)}", where=path, remedy=remedy)
 
     def _seal_of(self, name: str) -> tuple[str, ...]:
         """What a JSON file is sealed with: its name, and its run's, which the manifest itself tells."""
@@ -204,7 +216,7 @@ class JsonFiles:
         """
         content, lines = self._lines(name)
         path = self.path / name
-        if whole and path.exists() and path.stat().st_size != len(content):
+        if whole and (size_of(path) or 0) != len(content):
             raise StoreError(f"{name} is damaged: it does not end with a line", where=path, remedy=self._remedy(path))
         if len(lines) < expected:
             raise StoreError(

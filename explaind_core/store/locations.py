@@ -14,6 +14,8 @@ from typing import Any, BinaryIO, cast
 from upath import UPath
 
 from explaind_core.errors import StoreError
+from explaind_core.store import remote_files as remote
+from explaind_core.store.remote_files import StorageError
 
 __all__ = [
     "UNFINISHED",
@@ -21,15 +23,12 @@ __all__ = [
     "append",
     "is_local",
     "locate",
-    "look_again",
-    "names_in",
     "opened",
     "read_bytes",
     "reason",
     "remove",
     "remove_unfinished",
     "replace",
-    "total_bytes",
     "write",
     "write_error",
 ]
@@ -40,6 +39,11 @@ _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 #: How the names of files end that are still being written.
 UNFINISHED = ".unfinished"
+_REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or choose a file system that holds larger ones",
+}
 #: No file of JSON is longer.
 _LONGEST_TEXT = 1 << 30
 
@@ -88,66 +92,6 @@ def is_local(path: Path) -> bool:
     return isinstance(path, Path)
 
 
-def _files(path: Path) -> Any:
-    """Fsspec's file system of an address."""
-    return cast(Any, path).fs
-
-
-def _name(path: Path) -> str:
-    """What an address is called in its file system."""
-    return cast(str, cast(Any, path).path)
-
-
-# ---------------------------------------------------------------------- what is there
-def look_again(path: Path) -> None:
-    """Forget what is remembered of a listing elsewhere: somebody may be writing there.
-
-    Args:
-        path: any path of the file system in question.
-    """
-    if not is_local(path):
-        _files(path).invalidate_cache()
-
-
-def names_in(folder: Path) -> list[str]:
-    """The names of what lies in a folder itself.
-
-    Args:
-        folder: a folder, or anything else.
-
-    Returns:
-        Files and folders, sorted; none where there is no folder.
-
-    Example:
-        >>> names_in(locate("memory://nothing/here"))
-        []
-    """
-    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-
-
-def total_bytes(folder: Path) -> int:
-    """The size of all files in a folder and in the folders below it.
-
-    Args:
-        folder: a folder.
-
-    Returns:
-        Bytes; 0 where there is nothing.
-
-    Example:
-        >>> folder = locate("memory://total_bytes")
-        >>> replace(folder / "a/b", [b"1234"]), replace(folder / "c", [b"56"])
-        (None, None)
-        >>> total_bytes(folder)
-        6
-        >>> remove(folder)
-    """
-    look_again(folder)
-    if not is_local(folder):  # one listing, and not a question a file
-        return int(_files(folder).du(_name(folder))) if folder.exists() else 0
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 # ---------------------------------------------------------------------- reading
 class NotPlainError(OSError):
     """A link, a folder, a pipe or a device lies where a plain file was expected."""
@@ -169,8 +113,9 @@ def opened(path: Path, *, follow_links: bool = False) -> Iterator[tuple[BinaryIO
         OSError: it is missing, or cannot be read.
     """
     if not is_local(path):
-        with path.open("rb") as file:
-            yield cast(BinaryIO, file), path.stat().st_size
+        file, size = remote.opened(path)
+        with file:
+            yield file, size
         return
     if not follow_links and path.is_symlink():
         raise NotPlainError("it is a symbolic link")
@@ -214,7 +159,7 @@ def write(path: Path, parts: Iterable[Any]) -> None:
         OSError: it cannot be written.
     """
     if not is_local(path):  # one put: who reads sees all of it or nothing
-        _files(path).pipe_file(_name(path), b"".join(map(bytes, parts)))
+        remote.write(path, b"".join(map(bytes, parts)))
         return
     with path.open("wb") as file:
         file.writelines(parts)
@@ -280,7 +225,7 @@ def remove(path: Path) -> None:
         OSError: it is not there, or cannot be deleted.
     """
     if not is_local(path):
-        _files(path).rm(_name(path), recursive=True)
+        remote.remove(path)
     elif path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -316,6 +261,8 @@ def reason(error: OSError) -> str:
         >>> reason(FileNotFoundError()), reason(NotPlainError("it is a symbolic link"))
         ('not found', 'it is a symbolic link')
     """
+    if isinstance(error, StorageError):
+        return str(error.got)
     if error.strerror:
         return error.strerror
     return "not found" if isinstance(error, FileNotFoundError) else str(error)
@@ -333,9 +280,10 @@ def write_error(error: OSError, where: object, kept: str, *, what: str = "this")
     Returns:
         The error to raise.
     """
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = error.remedy if isinstance(error, StorageError) else _REMEDIES.get(error.errno or 0)
     return StoreError(
         "the disk is full" if full else f"{what} cannot be written: {reason(error)}",
         where=where,
-        remedy=("free some space" if full else "check the folder's permissions") + f"; {kept}",
+        remedy=(remedy or "check the folder's permissions") + f"; {kept}",
     )

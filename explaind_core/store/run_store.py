@@ -16,9 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from explaind_core.errors import StoreError
+from explaind_core.store.folder_contents import names_in, total_bytes
 from explaind_core.store.json_files import MANIFEST_NAME, VERSION
 from explaind_core.store.json_schema import COUNT, MANIFEST, mismatch
-from explaind_core.store.locations import is_local, names_in, remove, total_bytes
+from explaind_core.store.locations import is_local
 from explaind_core.store.run_layout import CLOSED_NAME, LOCK_NAME, LOG_NAME, RunLayout
 from explaind_core.store.tensor_file import Contents
 from explaind_core.store.writing_lock import LockWords, WritingLock
@@ -97,10 +98,15 @@ class RunStore(RunLayout):
             self._lock = None
 
     def delete(self) -> None:
-        """Delete the run, by whoever holds its lock, which is kept."""
-        for name in names_in(self.path):
-            if name != LOCK_NAME:
-                remove(self.path / name)
+        """Delete the run, by whoever holds its lock, which is kept.
+
+        Raises:
+            StoreError: it cannot be deleted; as long as anything of it is left it is known as a run.
+        """
+        last = [self.start_path.name, MANIFEST_NAME]
+        names = [name for name in names_in(self.path) if name not in (LOCK_NAME, *last)]
+        for name in (*names, *last):
+            self._remove(self.path / name)
 
     @property
     def bytes(self) -> int:
@@ -191,6 +197,14 @@ class RunStore(RunLayout):
         lines = self.count_lines(LOG_NAME)
         self.write_json(CLOSED_NAME, {"steps": steps, "lines": lines, "snapshots": self.found_snapshots()})
 
+    def reopen(self) -> None:
+        """Recording goes on: what was written when it ended is no longer so.
+
+        Raises:
+            StoreError: it cannot be deleted.
+        """
+        self._remove(self.path / CLOSED_NAME)
+
     def closed(self, *, damaged: bool = False) -> dict[str, Any] | None:
         """What was written when recording ended in order.
 
@@ -221,9 +235,9 @@ class RunStore(RunLayout):
             s: the last step that is kept.
         """
         for later in reversed([t for t in self.found_snapshots() if t > s]):
-            remove(self.snapshot_path(later))
+            self._remove(self.snapshot_path(later))
         for later in reversed([t for t in self.found_steps() if t > s]):
-            remove(self.step_path(later))
+            self._remove(self.step_path(later))
 
     def count_steps(self, *, until: int | None = None, damaged: bool = False) -> int:
         """How many steps were recorded; every file of theirs is checked for truncation and for a damaged header.
