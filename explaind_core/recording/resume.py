@@ -53,7 +53,5 @@ def resume(writer: RunWriter, after: int | None = None) -> None:
             where=moved,
             remedy="load that state first: explaind.open_run(...).restore(model, optimizer)",
         )
-    writer.store.reopen()
-    if later:  # the model stands where it must: not before is anything deleted
-        writer.store.delete_after(writer.steps)
+    writer.store.go_on(writer.steps)  # the model stands where it must: not before is anything deleted
     writer.snapshot(None)

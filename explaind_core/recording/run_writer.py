@@ -265,6 +265,8 @@ class RunWriter:
         header, tensors = self._state(state)
         kept_header, kept_tensors = self.last.snapshot()
         copies = {name: copied(tensor) for name, tensor in tensors.items()}
+        if begun := self.store.generations.begun:  # it is small, and without it no later file could be read
+            header["generations"] = list(begun)
         self._behind(self.store.snapshot_path(self.steps), header | kept_header, copies | kept_tensors)
 
 

@@ -47,6 +47,7 @@ class StepRecords:
     def __init__(self, store: RunStore, *, until: int | None, damaged: bool, dataset: IndexedDataset | None) -> None:
         self.store, self.dataset, self._damaged = store, dataset, damaged
         self.manifest = store.read_manifest(damaged=damaged)
+        store.look_up_generations(damaged=damaged)
         self.mode: str = self.manifest.get("mode", "steps")
         self.point = "gradient"
         self.parameters: Mapping[str, ParameterInfo] = {

@@ -44,6 +44,9 @@ def damages(store: RunStore, *, progress: bool = False) -> tuple[StoreError, ...
             store.read_manifest(damaged=True)
         except StoreError:  # without either there is nothing to compare the others with
             return tuple(found)
+    tried(store.look_up_generations)
+    if found:  # the others are compared with the copy
+        store.look_up_generations(damaged=True)
     closed, steps = tried(store.closed) or {}, tried(store.found_steps) or []
     last = max([*steps, closed.get("steps", 0)])
     names = {store.start_path: "the start of the run"}

@@ -10,6 +10,7 @@ from typing import Any
 from explaind_core.errors import StoreError
 from explaind_core.store import sealed_json as sealed
 from explaind_core.store.folder_contents import size_of
+from explaind_core.store.generations import GENERATIONS_NAME, Generations
 from explaind_core.store.locations import append, locate, read_bytes, reason, remove, replace, write_error
 from explaind_core.store.remote_files import StorageError
 
@@ -17,6 +18,8 @@ __all__ = ["MANIFEST_NAME", "VERSION", "JsonFiles"]
 
 VERSION = 2
 MANIFEST_NAME = "manifest.json"
+#: What a line of a log calls its generation: no metric is called so.
+_GENERATION = "#generation"
 
 
 class JsonFiles:
@@ -35,6 +38,8 @@ class JsonFiles:
         self._identity: tuple[str, int] | None = None
         #: Log name -> (size in bytes, lines) as this object left it.
         self._logs: dict[str, tuple[int, int]] = {}
+        #: As they were when first asked for: whoever reads sees one state of the run, or an error.
+        self._generations: Generations | None = None
 
     def _remedy(self, path: Path) -> str:
         """What to do about a file that is damaged or missing."""
@@ -57,6 +62,34 @@ class JsonFiles:
             version = manifest.get("version")
             self._identity = str(manifest.get("run", "")), version if type(version) is int else VERSION
         return self._identity
+
+    @property
+    def generations(self) -> Generations:
+        """The continuations of the run, as they were when this object first looked.
+
+        Raises:
+            StoreError: what lists them is damaged.
+        """
+        if self._generations is None:
+            self._generations = self._stored_generations()
+        return self._generations
+
+    def _stored_generations(self) -> Generations:
+        found = self.read_json(GENERATIONS_NAME)
+        try:
+            return Generations.stored([] if found is None else found.get("generations"))
+        except ValueError as error:
+            path = self.path / GENERATIONS_NAME
+            raise StoreError(f"{path.name} is not as it must be: {error}", where=path) from error
+
+    def _other_generation(self, what: str, path: Path) -> StoreError:
+        return StoreError(
+            f"{what} belongs to another continuation of the run than the one that was opened",
+            where=path,
+            expected="files of the run as it was when it was opened",
+            got="a file that was written since, after going back; or in a copy of the run that was continued apart",
+            remedy="open the run again; a file that was copied from elsewhere: copy the right one",
+        )
 
     # ------------------------------------------------------------------ writing
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
@@ -85,7 +118,8 @@ class JsonFiles:
         path = self.path / name
         self.check_writable(path)
         count = self.count_lines(name)
-        content = sealed.line(value, self.run, name, count)
+        named = {_GENERATION: self.generations.name} if self.generations.name else {}
+        content = sealed.line({**value, **named}, self.run, name, count)
         self._logs[name] = self._append(path, self._logs[name][0], content), count + 1
 
     def end_log(self, name: str) -> None:
@@ -209,10 +243,11 @@ class JsonFiles:
             whole: nothing can have been cut short.
 
         Returns:
-            Its lines, in order.
+            Its lines, in order, without those about steps that were recorded anew since.
 
         Raises:
-            StoreError: a line is damaged, or lines are missing.
+            StoreError: a line is damaged, or lines are missing; or it was written since the run was opened, by a
+                recording that went on.
         """
         content, lines = self._lines(name)
         path = self.path / name
@@ -226,7 +261,12 @@ class JsonFiles:
                 got=f"{len(lines)} lines",
                 remedy=self._remedy(path),
             )
-        return lines
+        try:
+            held = [self.generations.holds(line.get(_GENERATION, ""), line.get("step", 0)) for line in lines]
+        except (LookupError, TypeError) as error:
+            raise self._other_generation(f"a line of {name}", path) from error
+        kept = [line for line, holds in zip(lines, held, strict=True) if holds]
+        return [{k: v for k, v in line.items() if k != _GENERATION} for line in kept]
 
     def _lines(self, name: str) -> tuple[bytes, list[dict[str, Any]]]:
         """A log's whole lines, as bytes and read."""

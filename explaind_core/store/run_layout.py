@@ -9,6 +9,7 @@
     snapshots/000100.safetensors    the optimizer's state after step 100
     batches/<hash>.safetensors  inputs and targets, stored once per distinct batch
     metrics.jsonl               what the loop logged, a line an entry
+    generations.json            where recording went on: after which steps, and what the files since then are known by
     closed.json                 written when recording ends in order
 """
 
@@ -93,6 +94,14 @@ class RunLayout(StoreFiles):
     def _is_step(self, path: Path) -> bool:
         # The name is compared with the layout: whatever else lies in these folders is passed over.
         return path.stem.isdecimal() and path == self.step_path(int(path.stem))
+
+    def _generation_of(self, path: Path) -> str | None:
+        """A step's and a snapshot's; what else there is belongs to all generations."""
+        if self._is_step(path):
+            return self.generations.of_step(int(path.stem))
+        if path.parent.name == "snapshots" and path.stem.isdecimal():
+            return self.generations.of_snapshot(int(path.stem))
+        return None
 
     def _remedy(self, path: Path) -> str:
         """What to do about a file that is damaged or missing."""

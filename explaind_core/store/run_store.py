@@ -9,7 +9,8 @@ which file of which run it is and carries checksums of all that it holds (:mod:`
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from explaind_core.errors import StoreError
 from explaind_core.store.folder_contents import names_in, total_bytes
+from explaind_core.store.generations import GENERATIONS_NAME, Generations
 from explaind_core.store.json_files import MANIFEST_NAME, VERSION
 from explaind_core.store.json_schema import COUNT, MANIFEST, mismatch
 from explaind_core.store.locations import is_local
@@ -29,6 +31,7 @@ __all__ = ["FORMAT", "LOCK_NAME", "LOG_NAME", "VERSION", "RunStore"]
 FORMAT = "explaind-run"
 #: Versions that are read; only the newest is written.
 READABLE = (1, 2)
+_CLOSED: Any = {"steps": COUNT, "lines?": COUNT, "snapshots?": [COUNT], "generation?": str}
 _LOCK_WORDS = LockWords(
     taken="this run is being recorded already",
     remedy="wait until it has finished, or choose another path; "
@@ -195,15 +198,9 @@ class RunStore(RunLayout):
         """
         self.end_log(LOG_NAME)
         lines = self.count_lines(LOG_NAME)
-        self.write_json(CLOSED_NAME, {"steps": steps, "lines": lines, "snapshots": self.found_snapshots()})
-
-    def reopen(self) -> None:
-        """Recording goes on: what was written when it ended is no longer so.
-
-        Raises:
-            StoreError: it cannot be deleted.
-        """
-        self._remove(self.path / CLOSED_NAME)
+        closed = {"steps": steps, "lines": lines, "snapshots": self.found_snapshots()}
+        name = self.generations.name
+        self.write_json(CLOSED_NAME, closed | ({"generation": name} if name else {}))
 
     def closed(self, *, damaged: bool = False) -> dict[str, Any] | None:
         """What was written when recording ended in order.
@@ -219,25 +216,64 @@ class RunStore(RunLayout):
         """
         try:
             found = self.read_json(CLOSED_NAME)
-            words = found and mismatch(found, {"steps": COUNT, "lines?": COUNT, "snapshots?": [COUNT]})
+            words = found and mismatch(found, _CLOSED)
             if words:
                 raise StoreError(f"{CLOSED_NAME} is not as it must be: {words}", where=self.path / CLOSED_NAME)
+            if found and found.get("generation", "") != self.generations.name:
+                raise self._other_generation(CLOSED_NAME, self.path / CLOSED_NAME)
         except StoreError:
             if not damaged:
                 raise
             return None
         return found
 
-    def delete_after(self, s: int) -> None:
-        """Delete the steps and snapshots after step s, the last one first: what is left is a run at any time.
+    def go_on(self, after: int, *, lost_lines: int = 0) -> None:
+        """Begin another generation behind a step: what was stored of later ones is deleted, the last step first.
+
+        Whatever moment a kill picks, what is left is a run. Whoever has the run open is told by every file that is
+        written from now on.
 
         Args:
-            s: the last step that is kept.
+            after: the last step that is kept.
+            lost_lines: how many lines of the log are known to be lost.
+
+        Raises:
+            StoreError: something cannot be deleted or written.
         """
-        for later in reversed([t for t in self.found_snapshots() if t > s]):
-            self._remove(self.snapshot_path(later))
-        for later in reversed([t for t in self.found_steps() if t > s]):
+        generations = self.generations
+        self._remove(self.path / CLOSED_NAME)
+        for later in reversed([t for t in self.found_steps() if t > after]):
             self._remove(self.step_path(later))
+        # That after the step itself, too: the state may be another one now, and is written next.
+        for later in reversed([t for t in self.found_snapshots() if t >= after]):
+            self._remove(self.snapshot_path(later))
+        self._generations = generations.going_on(after, lost_lines=lost_lines)
+        self.write_json(GENERATIONS_NAME, {"generations": list(self._generations.begun)})
+
+    def look_up_generations(self, *, damaged: bool = False) -> None:
+        """See where recording went on, once and for all: files of later generations are refused from now on.
+
+        Args:
+            damaged: where that is damaged or missing, take the copy that every snapshot holds.
+
+        Raises:
+            StoreError: it is damaged.
+        """
+        try:
+            self._generations = self._stored_generations()
+        except StoreError:
+            if not damaged:
+                raise
+            self._generations = Generations()
+        if damaged:
+            self._generations = max((self._generations, *self._spare_generations()), key=lambda g: len(g.begun))
+
+    def _spare_generations(self) -> Iterator[Generations]:
+        for s in self.found_snapshots():
+            found = self._of_any_run(self.snapshot_path(s))
+            if found is not None and found.run == self.run and isinstance(found.header, dict):
+                with suppress(ValueError):
+                    yield Generations.stored(found.header.get("generations", []))
 
     def count_steps(self, *, until: int | None = None, damaged: bool = False) -> int:
         """How many steps were recorded; every file of theirs is checked for truncation and for a damaged header.
