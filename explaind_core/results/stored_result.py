@@ -37,6 +37,7 @@ __all__ = [
     "Record",
     "check_files",
     "checksum",
+    "counted_files",
     "open_result",
     "read_record",
     "stored_result",
@@ -305,6 +306,19 @@ def _counted_chunks(record: Record, metadata: Mapping[str, Any]) -> Iterator[tup
     # Labels are one chunk along the axis, written with the first block.
     lengths = [min(n, record.done) if d == record.axis else n for d, n in zip(dims, metadata["shape"], strict=True)]
     return product(*(range(-(-n // size)) for n, size in zip(lengths, sizes, strict=True)))
+
+
+def counted_files(record: Record) -> set[str]:
+    """The files that hold something of the finished part.
+
+    Args:
+        record: what ``zarr.json`` tells.
+
+    Returns:
+        Their paths inside the folder.
+    """
+    chunks = ((name, index) for name, metadata in record.arrays.items() for index in _counted_chunks(record, metadata))
+    return {*record.files, *("/".join([name, "c", *map(str, index)]) for name, index in chunks)}
 
 
 def _damaged(folder: Path, key: str, how: str) -> StoreError:

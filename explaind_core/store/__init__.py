@@ -6,6 +6,7 @@ It may import errors, naming, progress, tensors, trees, data and rules.
 from __future__ import annotations
 
 from explaind_core.store.compression import pack, unpack
+from explaind_core.store.durable import sync, sync_folders
 from explaind_core.store.folder_contents import exists, is_folder, names_in, size_of
 from explaind_core.store.integrity import damages
 from explaind_core.store.json_files import MANIFEST_NAME, VERSION
@@ -62,6 +63,8 @@ __all__ = [
     "settle",
     "size_of",
     "store_size",
+    "sync",
+    "sync_folders",
     "unpack",
     "write_error",
 ]

@@ -59,10 +59,16 @@ class Generations:
         """Of the latest one."""
         return str(self.begun[-1]["name"]) if self.begun else ""
 
-    @property
-    def lost_lines(self) -> int:
-        """How many lines of the log were lost before recording went on."""
-        return sum(entry.get("lost_lines", 0) for entry in self.begun)
+    def lost_lines(self, since: int = 0) -> int:
+        """How many lines of the log were lost before recording went on.
+
+        Args:
+            since: count where it went on behind this step or a later one.
+
+        Returns:
+            Their number.
+        """
+        return sum(entry.get("lost_lines", 0) for entry in self.begun if entry["after"] >= since)
 
     def going_on(self, after: int, *, lost_lines: int = 0, name: str | None = None) -> Generations:
         """These and a new one.

@@ -58,7 +58,7 @@ def damages(store: RunStore, *, progress: bool = False) -> tuple[StoreError, ...
     for s, path in track(todo, len(names) + last, "checking files", enabled=progress):
         stored = tried(partial(store.read_tensors, path, what=f"step {s}" if s else names[path]))
         header = stored.header if s and stored is not None and mismatch(stored.header, STEP) is None else {}
-        lines = max(lines, header.get("lines", 0))
+        lines = max(lines, header.get("lines", 0) - store.generations.lost_lines(s))
         for entry in header.get("batches", []):
             batch = tried(partial(store.batch_path, entry["key"]))
             if batch is not None and batch not in names and not entry.get("reread"):

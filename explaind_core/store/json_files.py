@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from explaind_core.errors import StoreError
 from explaind_core.store import sealed_json as sealed
+from explaind_core.store.durable import sync
 from explaind_core.store.folder_contents import size_of
 from explaind_core.store.generations import GENERATIONS_NAME, Generations
-from explaind_core.store.locations import append, locate, read_bytes, reason, remove, replace, write_error
+from explaind_core.store.locations import append, is_local, locate, read_bytes, reason, remove, replace, write_error
 from explaind_core.store.remote_files import StorageError
 
 __all__ = ["MANIFEST_NAME", "VERSION", "JsonFiles"]
@@ -40,6 +42,8 @@ class JsonFiles:
         self._logs: dict[str, tuple[int, int]] = {}
         #: As they were when first asked for: whoever reads sees one state of the run, or an error.
         self._generations: Generations | None = None
+        #: What was written and may not be on disk yet.
+        self._unsynced: deque[Path] = deque()
 
     def _remedy(self, path: Path) -> str:
         """What to do about a file that is damaged or missing."""
@@ -103,7 +107,7 @@ class JsonFiles:
             StoreError: the disk is full or the folder cannot be written; what was there before is intact.
         """
         self.check_writable(self.path / name)
-        self._write(self.path / name, [sealed.document(value, *self._seal_of(name))])
+        self._write(self.path / name, [sealed.document(value, *self._seal_of(name))], durable=True)
 
     def append_line(self, name: str, value: Mapping[str, Any]) -> None:
         """Append one JSON line to a log; a torn last line is passed over by :meth:`read_lines`.
@@ -173,13 +177,35 @@ class JsonFiles:
                 remedy="record on into a new run: run.restore(model, optimizer), then Recorder(another path, ...)",
             )
 
-    def _write(self, path: Path, parts: list[Any]) -> None:
+    def sync(self, *, everything: bool = False) -> None:
+        """Have on disk what this object wrote: a loss of power leaves it from now on.
+
+        Args:
+            everything: and whatever else is there, which others may have written and never synced.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        paths = (
+            {path for path in self.path.rglob("*") if path.is_file()} if everything and is_local(self.path) else set()
+        )
+        while self._unsynced:  # one by one: another thread may be adding to it
+            paths.add(self._unsynced.popleft())
         try:
-            replace(path, parts)
+            sync(paths, top=self.path)
+        except OSError as error:
+            raise self._write_error(self.path, error) from error
+
+    def _write(self, path: Path, parts: list[Any], *, durable: bool = False) -> None:
+        if not durable:
+            self._unsynced.append(path)
+        try:
+            replace(path, parts, durable=durable)
         except OSError as error:
             raise self._write_error(path, error) from error
 
     def _append(self, path: Path, size: int, content: bytes) -> int:
+        self._unsynced.append(path)
         try:
             return append(path, size, content)
         except OSError as error:
@@ -268,8 +294,27 @@ class JsonFiles:
         kept = [line for line, holds in zip(lines, held, strict=True) if holds]
         return [{k: v for k, v in line.items() if k != _GENERATION} for line in kept]
 
-    def _lines(self, name: str) -> tuple[bytes, list[dict[str, Any]]]:
-        """A log's whole lines, as bytes and read."""
+    def mend_log(self, name: str) -> None:
+        """Cut a damaged log before the first line that is; all that it was lies beside it, as ``.damaged``.
+
+        Args:
+            name: of the log.
+
+        Raises:
+            StoreError: it cannot be read or written.
+        """
+        try:
+            self._lines(name)
+        except StoreError as error:
+            if not isinstance(error.__cause__, ValueError):
+                raise
+            path = self.path / name
+            self._write(path.with_name(f"{name}.damaged"), [read_bytes(path)], durable=True)
+            self._write(path, [self._lines(name, mend=True)[0]], durable=True)
+            self._logs.pop(name, None)
+
+    def _lines(self, name: str, *, mend: bool = False) -> tuple[bytes, list[dict[str, Any]]]:
+        """A log's whole lines, as bytes and read; with ``mend`` those before the first that is damaged."""
         path, entries, whole = self.path / name, [], 0
         try:
             content = read_bytes(path)
@@ -282,6 +327,8 @@ class JsonFiles:
                 entry = sealed.parse(line)
                 entries.append(entry if self.version == 1 else sealed.unsealed(entry, self.run, name, number))
             except ValueError as error:
+                if mend:
+                    break
                 raise StoreError(
                     f"{name} is damaged: {error}", where=f"{path}, line {number + 1}", remedy=self._remedy(path)
                 ) from error

@@ -15,6 +15,7 @@ from upath import UPath
 
 from explaind_core.errors import StoreError
 from explaind_core.store import remote_files as remote
+from explaind_core.store.durable import sync_file, sync_folders
 from explaind_core.store.remote_files import StorageError
 
 __all__ = [
@@ -165,13 +166,14 @@ def write(path: Path, parts: Iterable[Any]) -> None:
         file.writelines(parts)
 
 
-def replace(path: Path, parts: Iterable[Any], *, ending: str = UNFINISHED) -> None:
+def replace(path: Path, parts: Iterable[Any], *, ending: str = UNFINISHED, durable: bool = False) -> None:
     """Put a file into its place, whole or not at all; its folders are made.
 
     Args:
         path: the file, which may be there already.
         parts: buffers, which are written one after the other.
         ending: of the file's name while it is written.
+        durable: have it on disk, and its name, before this returns: a loss of power leaves the old file or the new one.
 
     Raises:
         OSError: it cannot be written; what was there before is intact.
@@ -184,7 +186,11 @@ def replace(path: Path, parts: Iterable[Any], *, ending: str = UNFINISHED) -> No
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary, parts)
+        if durable:
+            sync_file(temporary)
         temporary.replace(path)
+        if durable:
+            sync_folders([path.parent])
     except OSError:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from explaind_core.errors import StoreError
 from explaind_core.store.folder_contents import names_in, total_bytes
 from explaind_core.store.generations import GENERATIONS_NAME, Generations
 from explaind_core.store.json_files import MANIFEST_NAME, VERSION
-from explaind_core.store.json_schema import COUNT, MANIFEST, mismatch
+from explaind_core.store.json_schema import COUNT, MANIFEST, STEP, mismatch
 from explaind_core.store.locations import is_local
 from explaind_core.store.run_layout import CLOSED_NAME, LOCK_NAME, LOG_NAME, RunLayout
 from explaind_core.store.tensor_file import Contents
@@ -197,6 +197,7 @@ class RunStore(RunLayout):
             StoreError: it cannot be written.
         """
         self.end_log(LOG_NAME)
+        self.sync()  # what counts as closed is there
         lines = self.count_lines(LOG_NAME)
         closed = {"steps": steps, "lines": lines, "snapshots": self.found_snapshots()}
         name = self.generations.name
@@ -241,14 +242,56 @@ class RunStore(RunLayout):
             StoreError: something cannot be deleted or written.
         """
         generations = self.generations
+        self.sync(everything=True)  # whoever wrote it may have been killed before it was
         self._remove(self.path / CLOSED_NAME)
         for later in reversed([t for t in self.found_steps() if t > after]):
             self._remove(self.step_path(later))
         # That after the step itself, too: the state may be another one now, and is written next.
         for later in reversed([t for t in self.found_snapshots() if t >= after]):
             self._remove(self.snapshot_path(later))
+        self.sync(everything=True)  # nothing that was deleted comes back beside what is written now
         self._generations = generations.going_on(after, lost_lines=lost_lines)
         self.write_json(GENERATIONS_NAME, {"generations": list(self._generations.begun)})
+
+    def mend(self) -> None:
+        """Put right what a loss of power may have left of the small files, from the copies that others hold.
+
+        Raises:
+            StoreError: there is no copy.
+        """
+        try:
+            self.read_manifest()
+        except StoreError:
+            self.write_json(MANIFEST_NAME, self.read_manifest(damaged=True))
+        try:
+            self.look_up_generations()
+        except StoreError:
+            self.look_up_generations(damaged=True)
+            self.write_json(GENERATIONS_NAME, {"generations": list(self.generations.begun)})
+        if self.closed(damaged=True) is None:
+            self._remove(self.path / CLOSED_NAME)
+        self.mend_log(LOG_NAME)
+
+    def intact_steps(self) -> tuple[int, StoreError | None]:
+        """How many steps are there before the first that is damaged or missing, or whose batch is.
+
+        Steps behind the last snapshot may never have been synced, and are read in full.
+
+        Returns:
+            The number of the last one, and what is wrong with the next; None where nothing is.
+        """
+        found, promised = self.found_steps(), max([0, *self.found_snapshots()[:-1]])  # the last may be damaged itself
+        for s in range(1, (found[-1] if found else 0) + 1):
+            path, what = self.step_path(s), f"step {s}"
+            try:
+                stored = self.read_tensors(path, what=what, only="" if s > promised else ())
+                entries = stored.header["batches"] if mismatch(stored.header, STEP) is None else []
+                for entry in entries:
+                    if not entry.get("reread"):
+                        self.check_file(self.batch_path(entry["key"]), what=f"the batch of {what}")
+            except StoreError as error:
+                return s - 1, error
+        return (found[-1] if found else 0), None
 
     def look_up_generations(self, *, damaged: bool = False) -> None:
         """See where recording went on, once and for all: files of later generations are refused from now on.
