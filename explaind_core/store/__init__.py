@@ -12,6 +12,7 @@ from explaind_core.store.integrity import damages
 from explaind_core.store.json_files import MANIFEST_NAME, VERSION
 from explaind_core.store.json_schema import COUNT, STEP, mismatch
 from explaind_core.store.locations import (
+    UNFINISHED,
     is_local,
     locate,
     read_bytes,
@@ -36,6 +37,7 @@ __all__ = [
     "LOG_NAME",
     "MANIFEST_NAME",
     "STEP",
+    "UNFINISHED",
     "VERSION",
     "LockWords",
     "RunStore",
