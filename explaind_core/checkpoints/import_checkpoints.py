@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from explaind_core.checkpoints.checkpoint_store import CHECKPOINTS, CheckpointStore
+from explaind_core.checkpoints.checkpoint_store import CHECKPOINTS, UNFINISHED_NAME, CheckpointStore
 from explaind_core.checkpoints.state_dicts import Checkpoints, read_checkpoint
 from explaind_core.errors import StoreError
 from explaind_core.naming import qualified_name
 from explaind_core.progress import track
-from explaind_core.store import MANIFEST_NAME, VERSION, locate, names_in
-from explaind_core.training_step import provenance
+from explaind_core.store import MANIFEST_NAME, UNFINISHED, VERSION, exists, is_folder, locate, names_in
+from explaind_core.training_step import fingerprint, provenance
 
 __all__ = ["import_checkpoints"]
 
@@ -33,7 +33,8 @@ def import_checkpoints(
     :func:`explaind_core.attribute_checkpoints` takes the store instead of the checkpoints.
 
     Args:
-        path: a folder that does not exist yet (or is empty), or an address that fsspec knows.
+        path: a folder that does not exist yet (or is empty), or an address that fsspec knows. An import of the same
+            checkpoints that was killed is gone on with.
         checkpoints: state dicts in order, or safetensors files in order; or a folder of safetensors files, whose names
             differ in one number that tells the order. Pickled files are never opened.
         model: the architecture, which all of them must fit.
@@ -44,7 +45,7 @@ def import_checkpoints(
         Where the store lies.
 
     Raises:
-        StoreError: there is something at ``path``; a checkpoint is missing, damaged or of another model.
+        StoreError: there is something else at ``path``; a checkpoint is missing, damaged or of another model.
         NonFiniteError, QuestionError: a parameter is not finite; fewer than two checkpoints, or labels that do not fit.
 
     Example:
@@ -59,17 +60,41 @@ def import_checkpoints(
     """
     found = Checkpoints.of(checkpoints, labels, model, None)
     store = CheckpointStore(locate(path))
-    if store.path.exists() and (not store.path.is_dir() or names_in(store.path)):
-        raise StoreError(
-            "there is something at this path already",
-            where=store.path,
-            expected="a new or empty folder",
-            remedy="choose another path",
-        )
-    manifest = {"format": CHECKPOINTS, "version": VERSION, "run": store.begin(), "labels": list(found.labels)}
+    manifest = {"format": CHECKPOINTS, "version": VERSION, "labels": list(found.labels)}
     manifest |= {"model": qualified_name(type(model)), "provenance": provenance()}
+    begun = store.unfinished()
+    if begun is None:
+        others = [name for name in names_in(store.path) if name != UNFINISHED_NAME + UNFINISHED]
+        if exists(store.path) and (not is_folder(store.path) or others):
+            raise StoreError(
+                "there is something at this path already",
+                where=store.path,
+                expected="a new or empty folder, or half an import of the same checkpoints",
+                remedy="choose another path",
+            )
+        begun = {**manifest, "run": store.begin()}
+        store.write_json(UNFINISHED_NAME, begun)
+    for key in ("labels", "model"):
+        if begun[key] != manifest[key]:
+            raise _others(store.path, key, begun[key], manifest[key])
     numbered = enumerate(zip(found.sources, found.labels, strict=True))
     for index, (source, label) in track(numbered, len(found.labels), "importing", enabled=progress):
-        store.write_tensors(store.checkpoint_path(index), {"label": label}, read_checkpoint(source, label))
-    store.write_json(MANIFEST_NAME, manifest)  # the last: a folder without it is no store
+        state, there = read_checkpoint(source, label), store.imported(index)
+        if there is None:
+            store.write_tensors(store.checkpoint_path(index), {"label": label}, state)
+        elif fingerprint(there) != fingerprint(state):
+            raise _others(store.path, f"checkpoint {label}", "other values", "these")
+    store.sync(everything=True)
+    store.write_json(MANIFEST_NAME, begun)  # the last: a folder without it is half an import
+    store.finish()
     return store.path
+
+
+def _others(path: Path, what: str, there: object, given: object) -> StoreError:
+    return StoreError(
+        f"there is half an import of other checkpoints at this path: {what}",
+        where=path,
+        expected=there,
+        got=given,
+        remedy="give the checkpoints, labels and model that it was begun with; or delete it, or choose another path",
+    )

@@ -225,7 +225,7 @@ class BatchLog:
         ids = copied(ids.to(torch.int64))
         if not self._stored:
             self._note_reread(content, ids, draws, step)
-        elif content.hash not in self._seen_hashes and not self._store.batch_path(content.hash).exists():
+        elif content.hash not in self._seen_hashes and not self._store.has_batch(content.hash):
             self._store.write_tensors(self._store.batch_path(content.hash), content.structure, content.tensors)
         self._seen_hashes.add(content.hash)
         entry = {"key": content.hash, "weight": float(weight)} | ({} if self._stored else {"reread": True})

@@ -61,7 +61,9 @@ class Recorder:
             ``mode="snapshots"`` it must be given.
         snapshot_every: the optimizer's state is kept after every that many steps.
         write_behind: so many steps may wait to be written, by a thread beside the loop, for the one that is written.
-            By default every step is on disk when ``optimizer.step()`` returns; a killed process loses those that wait.
+            By default every step is written when ``optimizer.step()`` returns; a killed process loses those that wait.
+        durable: what a loss of power leaves: ``"snapshots"`` every step up to the last snapshot, ``"steps"`` every step
+            (it is on disk when ``optimizer.step()`` returns), ``"close"`` what was closed, or resumed.
         resume: continue the run at ``path``; the model must stand where its last recorded step left it. A number k
             continues it behind step k, where the model must stand; the steps after it are deleted (a training that
             goes on from a checkpoint makes them again).
@@ -117,6 +119,7 @@ class Recorder:
         inputs: str | IndexedDataset = "stored",
         snapshot_every: int = 100,
         write_behind: int = 0,
+        durable: str = "snapshots",
         resume: bool | int = False,
         overwrite: bool = False,
         rule: UpdateRule | Sequence[UpdateRule | None] | None = None,
@@ -149,13 +152,10 @@ class Recorder:
                 "unknown compression", where="compression", expected="'blosc' or None", got=compression
             )
         self._store = RunStore(path, compress=compression is not None)
-        self._writer = RunWriter(self._store, self._subject, snapshot_every, mode, write_behind)
+        self._writer = RunWriter(self._store, self._subject, snapshot_every, mode, write_behind, durable)
         early_check = None if mode == "steps" else EarlyCheck(self._subject, mode, loss, gradient, penalty)
-        self._batches, self._clipping, self._stopped = (
-            BatchLog(self._store, train_size, inputs),
-            DeclaredClipping(),
-            False,
-        )
+        self._batches = BatchLog(self._store, train_size, inputs)
+        self._clipping, self._stopped = DeclaredClipping(), False
         self._expected_size = store_size(
             model, optimizers, expected_steps or 0, mode=mode, snapshot_every=snapshot_every
         )

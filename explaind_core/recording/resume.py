@@ -6,6 +6,7 @@ from explaind_core.errors import RecordingError
 from explaind_core.recording.last_state import stored_state
 from explaind_core.recording.run_writer import RunWriter
 from explaind_core.run import open_run
+from explaind_core.store import LOG_NAME
 
 __all__ = ["resume"]
 
@@ -21,9 +22,10 @@ def resume(writer: RunWriter, after: int | None = None) -> None:
         RecordingError: another optimizer recorded it, or the model does not stand where it ended.
     """
     subject = writer.subject
-    writer.store.read_manifest()
+    writer.store.read_manifest(damaged=True)
     writer.store.check_writable(writer.store.path)
     writer.store.lock()
+    writer.store.mend()
     recorded = writer.store.found_steps()
     later = after is not None and bool(recorded) and after < recorded[-1]
     run = open_run(writer.store.path, model=subject.model, until=after if later else None)
@@ -53,7 +55,7 @@ def resume(writer: RunWriter, after: int | None = None) -> None:
             where=moved,
             remedy="load that state first: explaind.open_run(...).restore(model, optimizer)",
         )
-    (writer.store.path / "closed.json").unlink(missing_ok=True)
-    if later:  # the model stands where it must: not before is anything deleted
-        writer.store.delete_after(writer.steps)
-    writer.snapshot(None)
+    logged = run.step_header(writer.steps).get("lines", 0) if writer.steps else 0
+    lost = logged - writer.store.count_lines(LOG_NAME) - run.store.generations.lost_lines(writer.steps)
+    writer.store.go_on(writer.steps, lost_lines=max(lost, 0))  # the model stands where it must: not before
+    writer.snapshot(None, again=True)

@@ -18,11 +18,14 @@ from explaind_core.recording.batch_log import BatchLog
 from explaind_core.recording.inner_iterations import Evaluation
 from explaind_core.recording.last_state import LastState, state_at_start
 from explaind_core.recording.subject import Subject
-from explaind_core.store import FORMAT, VERSION, RunStore, WriteQueue
+from explaind_core.store import FORMAT, VERSION, RunStore, WriteQueue, sync_folders
 from explaind_core.tensors import check_parameters, copied
 from explaind_core.training_step import describe_loss, environment, model_parts, provenance
 
-__all__ = ["RunWriter", "SeenStep"]
+__all__ = ["DURABLE", "RunWriter", "SeenStep"]
+
+#: After what everything before it is on disk.
+DURABLE = ("steps", "snapshots", "close")
 
 
 @dataclass
@@ -59,6 +62,7 @@ class RunWriter:
         snapshot_every: the optimizer's state is kept after every that many steps.
         mode: what is written of a step: see :class:`explaind_core.Recorder`.
         write_behind: so many steps may wait to be written.
+        durable: what a loss of power leaves: see :class:`explaind_core.Recorder`.
 
     Attributes:
         last: where the last finished step left the model; set by :meth:`start`, or where a run is resumed.
@@ -70,8 +74,19 @@ class RunWriter:
     last: LastState
 
     def __init__(
-        self, store: RunStore, subject: Subject, snapshot_every: int, mode: str = "steps", write_behind: int = 0
+        self,
+        store: RunStore,
+        subject: Subject,
+        snapshot_every: int,
+        mode: str = "steps",
+        write_behind: int = 0,
+        durable: str = "snapshots",
     ) -> None:
+        if durable not in DURABLE:
+            raise RecordingError(
+                "what is to survive a loss of power?", where="durable", expected=f"one of {DURABLE}", got=durable
+            )
+        self.durable = durable
         self.store, self.subject, self.snapshot_every, self.mode = store, subject, snapshot_every, mode
         self.threads = torch.get_num_threads()
         self.queue = WriteQueue(store.path, write_behind)
@@ -114,6 +129,8 @@ class RunWriter:
         self.last = state_at_start(self.mode, subject, theta, buffers)
         # The start holds the manifest, too: it is small, and without it nothing could be read.
         self.store.write_tensors(self.store.start_path, header | {"manifest": manifest}, start | tensors)
+        self.store.sync()
+        sync_folders(self.store.path.absolute().parents)  # which may have been made just now
         # The manifest comes last: a folder without one is not a run.
         self.store.write_json("manifest.json", manifest)
 
@@ -245,6 +262,8 @@ class RunWriter:
             header["closure_losses"] = [evaluation.loss for evaluation in seen.evaluations]
         tensors |= {f"group/{k}": t for k, t in group_tensors.items()}
         self._behind(self.store.step_path(s), header, tensors)
+        if self.durable == "steps":
+            self.queue.put(self.store.sync)
 
     def _behind(self, path: Path, header: Any, tensors: Mapping[str, Tensor]) -> None:
         """Write a file, a large one while training goes on; all of its tensors are copies."""
@@ -256,16 +275,21 @@ class RunWriter:
         structure, tensors = trees.flatten(state, "the optimizer's state")
         return {"state": structure}, {f"state/{key}": tensor for key, tensor in tensors.items()}
 
-    def snapshot(self, state: Mapping[str, Mapping[str, Any]] | None) -> None:
+    def snapshot(self, state: Mapping[str, Mapping[str, Any]] | None, *, again: bool = False) -> None:
         """Write where the model and the optimizers stand: what a later replay, or training, goes on from.
 
         Args:
             state: the optimizer's state; None for the present one.
+            again: recording goes on from here, and nothing else tells this state.
         """
         header, tensors = self._state(state)
         kept_header, kept_tensors = self.last.snapshot()
         copies = {name: copied(tensor) for name, tensor in tensors.items()}
+        if begun := self.store.generations.begun:  # it is small, and without it no later file could be read
+            header["generations"] = list(begun)
         self._behind(self.store.snapshot_path(self.steps), header | kept_header, copies | kept_tensors)
+        if self.durable != "close" or again:
+            self.queue.put(self.store.sync)
 
 
 def _gradients(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:

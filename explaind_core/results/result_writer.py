@@ -20,7 +20,15 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from explaind_core.errors import QuestionError, StoreError
 from explaind_core.results.counts import COUNTS
-from explaind_core.results.stored_result import ForeignError, Record, check_files, checksum, read_record, stored_result
+from explaind_core.results.stored_result import (
+    ForeignError,
+    Record,
+    check_files,
+    checksum,
+    counted_files,
+    read_record,
+    stored_result,
+)
 from explaind_core.results.zarr_folder import PARTIAL, check_plain_folder, zarr_store
 from explaind_core.store import (
     LockWords,
@@ -30,6 +38,8 @@ from explaind_core.store import (
     read_bytes,
     remove_unfinished,
     replace,
+    sync,
+    sync_folders,
     write_error,
 )
 
@@ -160,9 +170,18 @@ class ResultWriter:
                 arrays = {key.rpartition("/")[0]: json.loads(content) for key, content in raw.items()}
             # Only now does the block count: one that a kill cuts short is computed again.
             attributes = self._joined(block, labels)
-            self._write(dataclasses.replace(
+            grown = dataclasses.replace(
                 self._record, done=self.done + size, files=files, arrays=arrays, attributes=attributes
-            ))  # fmt: skip
+            )
+            self._sync(grown)
+            self._write(grown)
+
+    def _sync(self, grown: Record) -> None:
+        """Have a block on disk before it counts: a loss of power leaves every one that does."""
+        if is_local(self._folder):
+            again = [n for n, found in grown.arrays.items() if grown.axis not in found.get("dimension_names", ())]
+            known = {key for key in counted_files(self._record) if key.partition("/")[0] not in again}
+            sync((self._folder / key for key in counted_files(grown) - known), top=self._folder)
 
     def _create(self, group: zarr.Group, block: xr.Dataset, labels: Mapping[str, Any]) -> None:
         """All arrays at their final shape."""
@@ -244,9 +263,10 @@ class ResultWriter:
     def _begin(self) -> None:
         """Claim the folder, before anything else is in it."""
         self._write(self._record)
+        sync_folders(self._folder.absolute().parents)  # which may have been made just now
 
     def _write(self, record: Record) -> None:
-        replace(self._folder / "zarr.json", [record.encoded(version("explaind-core"))], ending=PARTIAL)
+        replace(self._folder / "zarr.json", [record.encoded(version("explaind-core"))], ending=PARTIAL, durable=True)
         self._record = record
 
     @contextmanager

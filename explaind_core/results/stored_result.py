@@ -37,7 +37,17 @@ from explaind_core.results.array_metadata import (
 )
 from explaind_core.results.chunk_file import frame_fault, text_fault
 from explaind_core.results.zarr_folder import PARTIAL, check_plain_folder, zarr_store
-from explaind_core.store import LONGEST_JSON, is_inside, locate, mismatch, names_in, read_bytes, reason
+from explaind_core.store import (
+    LONGEST_JSON,
+    exists,
+    is_inside,
+    locate,
+    mismatch,
+    names_in,
+    read_bytes,
+    reason,
+    size_of,
+)
 
 __all__ = [
     "FORMAT",
@@ -47,6 +57,7 @@ __all__ = [
     "Record",
     "check_files",
     "checksum",
+    "counted_files",
     "open_result",
     "read_record",
     "stored_result",
@@ -173,7 +184,7 @@ def open_result(
             "there is no result here",
             where=folder,
             expected="what was passed as out= to explaind.attribute",
-            got="an empty folder" if folder.exists() else "nothing",
+            got="an empty folder" if exists(folder) else "nothing",
         )
     if not record.finished and not (unfinished and record.done):
         what = f"{record.axis} entries" if record.axis else "blocks"
@@ -343,7 +354,7 @@ def check_files(folder: Path, record: Record, *, contents: bool, follow_links: b
         array: Any = group[name]
         for index in _counted_chunks(record, metadata):
             key = "/".join([name, "c", *map(str, index)])
-            if not (folder / key).is_file():
+            if size_of(folder / key) is None:
                 raise _damaged(folder, key, "is missing")  # zarr would read it as if it were full of one number
             if contents or name in labels:  # labels are read when the result is opened
                 _check_size(folder, key, metadata, follow_links=follow_links)
@@ -389,6 +400,19 @@ def _counted_chunks(record: Record, metadata: Mapping[str, Any]) -> Iterator[tup
             position, entry = divmod(position, count)
             index.append(entry)
         yield tuple(reversed(index))
+
+
+def counted_files(record: Record) -> set[str]:
+    """The files that hold something of the finished part.
+
+    Args:
+        record: what ``zarr.json`` tells.
+
+    Returns:
+        Their paths inside the folder.
+    """
+    chunks = ((name, index) for name, metadata in record.arrays.items() for index in _counted_chunks(record, metadata))
+    return {*record.files, *("/".join([name, "c", *map(str, index)]) for name, index in chunks)}
 
 
 def _damaged(folder: Path, key: str, how: str) -> StoreError:

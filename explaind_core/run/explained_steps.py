@@ -43,7 +43,7 @@ class ExplainedSteps(StoredSteps):
 
     Args:
         store: where they lie.
-        until: look at the steps 1..until only; None for all.
+        until: look at the steps 1..until only; None for all, ``"intact"`` for those before the first damage.
         damaged: read all that is intact.
         dataset: where inputs that were not stored are read again.
         point: which parameters ``theta`` returns, see :func:`explaind_core.open_run`.
@@ -65,7 +65,7 @@ class ExplainedSteps(StoredSteps):
         self,
         store: RunStore,
         *,
-        until: int | None = None,
+        until: int | str | None = None,
         damaged: bool = False,
         dataset: IndexedDataset | None = None,
         point: str = "gradient",

@@ -46,6 +46,7 @@ class Run(ExplainedSteps):
         model: a private copy of the architecture in evaluation mode, None if none was given.
         loss: the recorded loss if it is one of torch's own or was given, None otherwise.
         complete: whether the recording ended in order.
+        first_damage: what is wrong with the first step that ``until="intact"`` left out, None where nothing is.
         mode: what was stored: ``"steps"``, ``"parameters"`` or ``"snapshots"``; the rest is computed again.
         rule: the rule that was given, or inferred; None where the registered one explains the run.
         penalty: the term of the loss that depends on the parameters alone, None without.
@@ -68,7 +69,7 @@ class Run(ExplainedSteps):
         *,
         loss: LossFunction | None = None,
         make_optimizer: OptimizerFactory | Sequence[OptimizerFactory | None] | None = None,
-        until: int | None = None,
+        until: int | str | None = None,
         point: str = "gradient",
         rule: UpdateRule | Sequence[UpdateRule | None] | None = None,
         registry: Registry | None = None,
@@ -231,7 +232,7 @@ def open_run(
     *,
     loss: LossFunction | None = None,
     make_optimizer: OptimizerFactory | Sequence[OptimizerFactory | None] | None = None,
-    until: int | None = None,
+    until: int | str | None = None,
     point: str = "gradient",
     rule: UpdateRule | Sequence[UpdateRule | None] | None = None,
     registry: Registry | None = None,
@@ -249,7 +250,8 @@ def open_run(
         loss: the training loss, where it is not one of torch's own.
         make_optimizer: builds the optimizer from a list of parameter groups, where its class cannot be
             called with the recorded hyper-parameters. For several optimizers a list, with None where none is needed.
-        until: open the steps 1..until only.
+        until: open the steps 1..until only; ``"intact"``: those before the first that is damaged or missing, as a loss
+            of power leaves the last ones. :attr:`Run.first_damage` tells what was wrong.
         point: for optimizers that evaluate the model elsewhere than they take gradients (Schedule-Free):
             ``"gradient"`` explains the training parameters y, ``"evaluated"`` the model after ``optimizer.eval()``, x.
         rule: explain the run by this rule, and not by the one it was recorded with. For several optimizers a list,

@@ -21,6 +21,9 @@ from explaind_core.training_step import Batch, ForwardState, InputRows, MicroBat
 
 __all__ = ["StepRecords"]
 
+#: In place of a step's number: up to the first that is damaged.
+INTACT = "intact"
+
 
 class StepRecords:
     """A run's manifest and what its files tell of each step; nothing here is ever computed again.
@@ -29,7 +32,7 @@ class StepRecords:
 
     Args:
         store: where the run lies.
-        until: look at the steps 1..until only; None for all.
+        until: look at the steps 1..until only; None for all, ``"intact"`` for those before the first damage.
         damaged: read all that is intact.
         dataset: where inputs that were not stored are read again.
 
@@ -40,15 +43,20 @@ class StepRecords:
         parameters: name -> :class:`~explaind_core.training_step.ParameterInfo`.
         steps: ``range(1, N + 1)``.
         complete: whether the recording ended in order.
+        first_damage: what is wrong with the first step that is left out by ``until="intact"``; None where nothing is.
 
     Raises:
         StoreError: there is no run, it is damaged, or of another version.
     """
 
-    def __init__(self, store: RunStore, *, until: int | None, damaged: bool, dataset: IndexedDataset | None) -> None:
+    def __init__(
+        self, store: RunStore, *, until: int | str | None, damaged: bool, dataset: IndexedDataset | None
+    ) -> None:
+        spared = damaged or until == INTACT
         self.store, self.dataset, self._damaged = store, dataset, damaged
-        self.manifest = store.read_manifest(damaged=damaged)
+        self.manifest = store.read_manifest(damaged=spared)
         check_manifest(self.manifest, where=store.path / "manifest.json")
+        store.look_up_generations(damaged=spared)
         self.mode: str = self.manifest.get("mode", "steps")
         self.point = "gradient"
         self.parameters: Mapping[str, ParameterInfo] = {
@@ -58,8 +66,17 @@ class StepRecords:
         if not damaged:
             declared = store.declared_shapes(store.start_path, what="the start of the run")
             check_start(declared, self.parameters, where=store.start_path)
-        self.steps = range(1, store.count_steps(until=until, damaged=damaged) + 1)
-        self._closed = store.closed(damaged=damaged)
+        self.first_damage: StoreError | None = None
+        if isinstance(until, str):
+            if until != INTACT:
+                raise QuestionError("until which step?", where="until", expected=f"a step or {INTACT!r}", got=until)
+            count, self.first_damage = store.intact_steps()
+        else:
+            count = store.count_steps(until=until, damaged=damaged)
+        self.steps = range(1, count + 1)
+        self._closed = store.closed(damaged=spared)
+        if until == INTACT and self._closed is not None and self._closed["steps"] > count:
+            self._closed = None  # it ended in order, and no longer is what it was then
         self.complete = self._closed is not None
         self._header = lru_cache(maxsize=4096)(self._read_header)
 
@@ -293,15 +310,23 @@ class StepRecords:
     # ------------------------------------------------------------------ beside the steps
     @property
     def metrics(self) -> xr.Dataset:
-        """What the loop logged with ``recorder.log``: one variable a metric over ``step``, NaN where none was."""
+        """What the loop logged with ``recorder.log``: one variable a metric over ``step``, NaN where none was.
+
+        ``attrs["lost_lines"]`` tells how many calls' numbers a loss of power took before recording went on.
+        """
         lines = self.store.read_lines(LOG_NAME, expected=self._lines(), whole=self.complete)
-        return metrics_of(lines, until=len(self.steps), where=self.path / LOG_NAME)
+        found = metrics_of(lines, until=len(self.steps), where=self.path / LOG_NAME)
+        if lost := self.store.generations.lost_lines():
+            found.attrs["lost_lines"] = lost
+        return found
 
     def _lines(self) -> int:
         """How many lines of metrics there were at least: what was lost of a log is known."""
         if self._closed is not None:
             return int(self._closed.get("lines", 0))
-        return int(self._header(len(self.steps)).get("lines", 0)) if self.steps else 0
+        steps = len(self.steps)
+        logged = int(self._header(steps).get("lines", 0)) if steps else 0
+        return logged - self.store.generations.lost_lines(steps)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

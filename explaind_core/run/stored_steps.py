@@ -46,7 +46,7 @@ class StoredSteps(StepRecords):
 
     Args:
         store: where the run lies.
-        until: look at the steps 1..until only; None for all.
+        until: look at the steps 1..until only; None for all, ``"intact"`` for those before the first damage.
         damaged: read all that is intact.
         dataset: where inputs that were not stored are read again.
     """
@@ -309,7 +309,19 @@ class StoredSteps(StepRecords):
         found = self.store.found_snapshots()
         for s in set(self._closed.get("snapshots", ())) - set(found) if self._closed and not self._damaged else ():
             self.store.check_file(self.store.snapshot_path(s), what=f"the snapshot after step {s}")
-        return [0, *(s for s in found if s <= len(self.steps))]
+        begun = {entry["after"] for entry in self.store.generations.begun}
+        kept = [s for s in found if s <= len(self.steps)]
+        # The last ones may never have been synced; an earlier one will do, but where recording went on.
+        return [0, *(s for s in kept if self._closed is not None or self._damaged or s in begun or self._is_whole(s))]
+
+    def _is_whole(self, snapshot: int) -> bool:
+        try:
+            self.store.check_file(self.store.snapshot_path(snapshot), what=f"the snapshot after step {snapshot}")
+        except StoreError as error:
+            if isinstance(error.__cause__, OSError):  # nobody knows
+                raise
+            return False
+        return True
 
     @cached_property
     def _kept(self) -> frozenset[int]:

@@ -6,6 +6,8 @@ It may import errors, naming, progress, tensors, trees, data and rules.
 from __future__ import annotations
 
 from explaind_core.store.compression import pack, unpack
+from explaind_core.store.durable import sync, sync_folders
+from explaind_core.store.folder_contents import exists, is_folder, names_in, size_of
 from explaind_core.store.guarded_files import check_tree, is_inside
 from explaind_core.store.integrity import damages
 from explaind_core.store.json_files import MANIFEST_NAME, VERSION
@@ -23,9 +25,9 @@ from explaind_core.store.json_schema import (
 )
 from explaind_core.store.locations import (
     LONGEST_JSON,
+    UNFINISHED,
     is_local,
     locate,
-    names_in,
     opened,
     read_bytes,
     reason,
@@ -58,6 +60,7 @@ __all__ = [
     "POSITIVE",
     "SNAPSHOT",
     "START",
+    "UNFINISHED",
     "VERSION",
     "Every",
     "LockWords",
@@ -74,6 +77,8 @@ __all__ = [
     "check_space",
     "check_tree",
     "damages",
+    "exists",
+    "is_folder",
     "is_inside",
     "is_local",
     "locate",
@@ -88,8 +93,11 @@ __all__ = [
     "remove_unfinished",
     "replace",
     "settle",
+    "size_of",
     "step_pattern",
     "store_size",
+    "sync",
+    "sync_folders",
     "unpack",
     "write_error",
 ]

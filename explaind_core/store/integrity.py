@@ -48,6 +48,9 @@ def damages(store: RunStore, *, progress: bool = False) -> tuple[StoreError, ...
             store.read_manifest(damaged=True)
         except StoreError:  # without either there is nothing to compare the others with
             return tuple(found)
+    tried(store.look_up_generations)
+    if found:  # the others are compared with the copy
+        store.look_up_generations(damaged=True)
     closed, steps = tried(store.closed) or {}, tried(store.found_steps) or []
     last = max([*steps, closed.get("steps", 0)])
     # What is declared is told step by step as far as files go; any number may be declared.
@@ -74,7 +77,7 @@ def damages(store: RunStore, *, progress: bool = False) -> tuple[StoreError, ...
         header = (
             stored.header if s and stored is not None and mismatch(stored.header, step_pattern("steps")) is None else {}
         )
-        lines = max(lines, header.get("lines", 0))
+        lines = max(lines, header.get("lines", 0) - store.generations.lost_lines(s))
         for entry in header.get("batches", []):
             batch = tried(partial(store.batch_path, entry["key"]))
             if batch is not None and batch not in names and not entry.get("reread"):

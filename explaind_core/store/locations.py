@@ -13,7 +13,10 @@ from typing import Any, BinaryIO, cast
 from upath import UPath
 
 from explaind_core.errors import StoreError
+from explaind_core.store import remote_files as remote
+from explaind_core.store.durable import sync_file, sync_folders
 from explaind_core.store.guarded_files import NotPlainError, appended, fresh_name, opened_plain
+from explaind_core.store.remote_files import StorageError
 
 __all__ = [
     "LONGEST_JSON",
@@ -22,15 +25,12 @@ __all__ = [
     "append",
     "is_local",
     "locate",
-    "look_again",
-    "names_in",
     "opened",
     "read_bytes",
     "reason",
     "remove",
     "remove_unfinished",
     "replace",
-    "total_bytes",
     "write",
     "write_error",
 ]
@@ -38,6 +38,11 @@ __all__ = [
 
 #: How the names of files end that are still being written.
 UNFINISHED = ".unfinished"
+_REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or choose a file system that holds larger ones",
+}
 #: No log is longer, and no file that is one JSON value: parsed, that takes twenty times as much memory.
 _LONGEST_TEXT = 1 << 30
 LONGEST_JSON = 1 << 26
@@ -87,66 +92,6 @@ def is_local(path: Path) -> bool:
     return isinstance(path, Path)
 
 
-def _files(path: Path) -> Any:
-    """Fsspec's file system of an address."""
-    return cast(Any, path).fs
-
-
-def _name(path: Path) -> str:
-    """What an address is called in its file system."""
-    return cast(str, cast(Any, path).path)
-
-
-# ---------------------------------------------------------------------- what is there
-def look_again(path: Path) -> None:
-    """Forget what is remembered of a listing elsewhere: somebody may be writing there.
-
-    Args:
-        path: any path of the file system in question.
-    """
-    if not is_local(path):
-        _files(path).invalidate_cache()
-
-
-def names_in(folder: Path) -> list[str]:
-    """The names of what lies in a folder itself.
-
-    Args:
-        folder: a folder, or anything else.
-
-    Returns:
-        Files and folders, sorted; none where there is no folder.
-
-    Example:
-        >>> names_in(locate("memory://nothing/here"))
-        []
-    """
-    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-
-
-def total_bytes(folder: Path) -> int:
-    """The size of all files in a folder and in the folders below it.
-
-    Args:
-        folder: a folder.
-
-    Returns:
-        Bytes; 0 where there is nothing.
-
-    Example:
-        >>> folder = locate("memory://total_bytes")
-        >>> replace(folder / "a/b", [b"1234"]), replace(folder / "c", [b"56"])
-        (None, None)
-        >>> total_bytes(folder)
-        6
-        >>> remove(folder)
-    """
-    look_again(folder)
-    if not is_local(folder):  # one listing, and not a question a file
-        return int(_files(folder).du(_name(folder))) if folder.exists() else 0
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 # ---------------------------------------------------------------------- reading
 @contextlib.contextmanager
 def opened(path: Path, *, follow_links: bool = False) -> Iterator[tuple[BinaryIO, int]]:
@@ -164,8 +109,9 @@ def opened(path: Path, *, follow_links: bool = False) -> Iterator[tuple[BinaryIO
         OSError: it is missing, or cannot be read.
     """
     if not is_local(path):
-        with path.open("rb") as file:
-            yield cast(BinaryIO, file), path.stat().st_size
+        file, size = remote.opened(path)
+        with file:
+            yield file, size
         return
     with opened_plain(path, follow_links=follow_links) as found:
         yield found
@@ -204,19 +150,20 @@ def write(path: Path, parts: Iterable[Any]) -> None:
         OSError: it cannot be written.
     """
     if not is_local(path):  # one put: who reads sees all of it or nothing
-        _files(path).pipe_file(_name(path), b"".join(map(bytes, parts)))
+        remote.write(path, b"".join(map(bytes, parts)))
         return
     with path.open("xb") as file:
         file.writelines(parts)
 
 
-def replace(path: Path, parts: Iterable[Any], *, ending: str = UNFINISHED) -> None:
+def replace(path: Path, parts: Iterable[Any], *, ending: str = UNFINISHED, durable: bool = False) -> None:
     """Put a file into its place, whole or not at all; its folders are made.
 
     Args:
         path: the file, which may be there already.
         parts: buffers, which are written one after the other.
         ending: of the file's name while it is written.
+        durable: have it on disk, and its name, before this returns: a loss of power leaves the old file or the new one.
 
     Raises:
         OSError: it cannot be written; what was there before is intact.
@@ -228,7 +175,11 @@ def replace(path: Path, parts: Iterable[Any], *, ending: str = UNFINISHED) -> No
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary, parts)
+        if durable:
+            sync_file(temporary)
         temporary.replace(path)
+        if durable:
+            sync_folders([path.parent])
     except OSError:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -267,7 +218,7 @@ def remove(path: Path) -> None:
         OSError: it is not there, or cannot be deleted.
     """
     if not is_local(path):
-        _files(path).rm(_name(path), recursive=True)
+        remote.remove(path)
     elif path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -304,6 +255,8 @@ def reason(error: OSError) -> str:
         >>> reason(FileNotFoundError()), reason(NotPlainError("it is a symbolic link"))
         ('not found', 'it is a symbolic link')
     """
+    if isinstance(error, StorageError):
+        return str(error.got)
     if error.strerror:
         return error.strerror
     return "not found" if isinstance(error, FileNotFoundError) else str(error)
@@ -321,9 +274,10 @@ def write_error(error: OSError, where: object, kept: str, *, what: str = "this")
     Returns:
         The error to raise.
     """
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = error.remedy if isinstance(error, StorageError) else _REMEDIES.get(error.errno or 0)
     return StoreError(
         "the disk is full" if full else f"{what} cannot be written: {reason(error)}",
         where=where,
-        remedy=("free some space" if full else "check the folder's permissions") + f"; {kept}",
+        remedy=(remedy or "check the folder's permissions") + f"; {kept}",
     )

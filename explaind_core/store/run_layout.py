@@ -9,6 +9,7 @@
     snapshots/000100.safetensors    the optimizer's state after step 100
     batches/<hash>.safetensors  inputs and targets, stored once per distinct batch
     metrics.jsonl               what the loop logged, a line an entry
+    generations.json            where recording went on: after which steps, and what the files since then are known by
     closed.json                 written when recording ends in order
 """
 
@@ -18,9 +19,11 @@ import re
 from pathlib import Path
 
 from explaind_core.errors import StoreError
+from explaind_core.store.folder_contents import exists, is_folder, names_in, size_of
 from explaind_core.store.guarded_files import is_plain
 from explaind_core.store.json_files import MANIFEST_NAME
-from explaind_core.store.locations import UNFINISHED, is_local, look_again
+from explaind_core.store.locations import UNFINISHED, is_local
+from explaind_core.store.remote_files import StorageError
 from explaind_core.store.store_files import StoreFiles
 
 __all__ = ["CLOSED_NAME", "LOCK_NAME", "LOG_NAME", "RunLayout"]
@@ -93,6 +96,14 @@ class RunLayout(StoreFiles):
         # The name is compared with the layout: whatever else lies in these folders is passed over.
         return path.stem.isdecimal() and path == self.step_path(int(path.stem))
 
+    def _generation_of(self, path: Path) -> str | None:
+        """A step's and a snapshot's; what else there is belongs to all generations."""
+        if self._is_step(path):
+            return self.generations.of_step(int(path.stem))
+        if path.parent.name == "snapshots" and path.stem.isdecimal():
+            return self.generations.of_snapshot(int(path.stem))
+        return None
+
     def _remedy(self, path: Path) -> str:
         """What to do about a file that is damaged or missing."""
         remedy = super()._remedy(path)
@@ -107,15 +118,16 @@ class RunLayout(StoreFiles):
             True where nothing is here but what a kill left of a recording that had not begun: files before the
             manifest.
         """
-        if not self.path.exists():
+        if not exists(self.path):
             return True
         known = "|".join(map(re.escape, (self.start_path.name, MANIFEST_NAME)))
         left = re.compile(rf"{re.escape(LOCK_NAME)}|{re.escape(self.start_path.name)}|({known})(\.\w+)?{UNFINISHED}")
-        return self.path.is_dir() and all(self._is_left(path, left) for path in self.path.iterdir())
+        return is_folder(self.path) and all(self._is_left(name, left) for name in names_in(self.path))
 
-    def _is_left(self, path: Path, names: re.Pattern[str]) -> bool:
+    def _is_left(self, name: str, names: re.Pattern[str]) -> bool:
         # A link is no file that a recording leaves: it is whoever planted it who must say what it is for.
-        return bool(names.fullmatch(path.name)) and (is_plain(path) if is_local(path) else path.is_file())
+        path = self.path / name
+        return bool(names.fullmatch(name)) and (is_plain(path) if is_local(path) else size_of(path) is not None)
 
     def found_steps(self) -> list[int]:
         """The steps whose files are there.
@@ -126,18 +138,22 @@ class RunLayout(StoreFiles):
         Raises:
             StoreError: one of the store's folders is a link that leads elsewhere.
         """
-        look_again(self.path)
         folders = [self.path / name for name in ("steps", "snapshots", "batches")]
-        folders += sorted(folders[0].iterdir()) if folders[0].is_dir() else []
+        folders += [folders[0] / name for name in names_in(folders[0])]
         for folder in folders:
-            if folder.is_symlink():
+            if is_local(folder) and folder.is_symlink():
                 raise StoreError(
                     "a folder of the run store is a symbolic link",
                     where=folder,
                     expected="a folder",
                     remedy="move what it leads to into its place",
                 )
-        return sorted(int(p.stem) for p in folders[0].glob("*/*.safetensors") if self._is_step(p))
+        return sorted(
+            int(name.removesuffix(".safetensors"))
+            for folder in folders[3:]
+            for name in names_in(folder)
+            if name.endswith(".safetensors") and self._is_step(folder / name)
+        )
 
     def found_snapshots(self) -> list[int]:
         """The steps after which the optimizer's state was kept.
@@ -145,8 +161,32 @@ class RunLayout(StoreFiles):
         Returns:
             Their numbers, in order.
         """
-        found = (int(p.stem) for p in (self.path / "snapshots").glob("*.safetensors") if p.stem.isdecimal())
-        return sorted(s for s in found if self.snapshot_path(s).exists())
+        found = (name.removesuffix(".safetensors") for name in names_in(self.path / "snapshots"))
+        steps = {name: int(name) for name in found if name.isdecimal()}
+        return sorted(s for name, s in steps.items() if self.snapshot_path(s).stem == name)
+
+    def has_batch(self, key: str) -> bool:
+        """Whether a batch is there, whole: what a loss of power left of one is not.
+
+        Args:
+            key: its hash.
+
+        Returns:
+            False where it is missing, or damaged.
+
+        Raises:
+            StorageError: nobody knows.
+        """
+        path = self.batch_path(key)
+        if size_of(path) is None:
+            return False
+        try:
+            self.read_tensors(path, what="a batch")
+        except StoreError as error:
+            if isinstance(error.__cause__, StorageError):
+                raise
+            return False
+        return True
 
     def found_batches(self) -> list[Path]:
         """The files of batches.
@@ -154,5 +194,5 @@ class RunLayout(StoreFiles):
         Returns:
             Their paths, sorted.
         """
-        found = (self.path / "batches").glob("*.safetensors")
-        return sorted(p for p in found if re.fullmatch(_HASH, p.stem))
+        folder = self.path / "batches"
+        return [folder / name for name in names_in(folder) if re.fullmatch(_HASH + r"\.safetensors", name)]

@@ -111,10 +111,10 @@ _AGAIN: dict[str, Any] = {
 }
 #: The header of the start, and of a snapshot: the optimizer's state, parameter name -> entries.
 START: Any = {"state": Every(TREE), "manifest?": dict}
-SNAPSHOT: Any = {"state": Every(TREE), "trained?": [str]}
+SNAPSHOT: Any = {"state": Every(TREE), "trained?": [str], "generations?": list}
 #: The header of a batch's file.
 BATCH: Any = {"inputs": TREE, "targets": TREE}
-CLOSED: Any = {"steps": COUNT, "lines?": COUNT, "snapshots?": [COUNT]}
+CLOSED: Any = {"steps": COUNT, "lines?": COUNT, "snapshots?": [COUNT], "generation?": str}
 #: A line of metrics.
 LINE: Any = Both({"step": COUNT}, Every(ANY_NUMBER))
 

@@ -9,18 +9,21 @@ which file of which run it is and carries checksums of all that it holds (:mod:`
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from explaind_core.errors import StoreError
+from explaind_core.store.folder_contents import names_in, total_bytes
+from explaind_core.store.generations import GENERATIONS_NAME, Generations
 from explaind_core.store.json_files import MANIFEST_NAME, VERSION
-from explaind_core.store.json_schema import check_json
-from explaind_core.store.locations import is_local, names_in, remove, remove_unfinished, total_bytes
+from explaind_core.store.json_schema import check_json, mismatch
+from explaind_core.store.locations import is_local, remove_unfinished
 from explaind_core.store.run_layout import CLOSED_NAME, LOCK_NAME, LOG_NAME, RunLayout
-from explaind_core.store.run_schema import CLOSED, manifest_pattern
+from explaind_core.store.run_schema import CLOSED, manifest_pattern, step_pattern
 from explaind_core.store.tensor_file import Contents
 from explaind_core.store.writing_lock import LockWords, WritingLock
 
@@ -103,10 +106,15 @@ class RunStore(RunLayout):
             self._lock = None
 
     def delete(self) -> None:
-        """Delete the run, by whoever holds its lock, which is kept."""
-        for name in names_in(self.path):
-            if name != LOCK_NAME:
-                remove(self.path / name)
+        """Delete the run, by whoever holds its lock, which is kept.
+
+        Raises:
+            StoreError: it cannot be deleted; as long as anything of it is left it is known as a run.
+        """
+        last = [self.start_path.name, MANIFEST_NAME]
+        names = [name for name in names_in(self.path) if name not in (LOCK_NAME, *last)]
+        for name in (*names, *last):
+            self._remove(self.path / name)
 
     @property
     def bytes(self) -> int:
@@ -188,8 +196,11 @@ class RunStore(RunLayout):
             StoreError: it cannot be written.
         """
         self.end_log(LOG_NAME)
+        self.sync()  # what counts as closed is there
         lines = self.count_lines(LOG_NAME)
-        self.write_json(CLOSED_NAME, {"steps": steps, "lines": lines, "snapshots": self.found_snapshots()})
+        closed = {"steps": steps, "lines": lines, "snapshots": self.found_snapshots()}
+        name = self.generations.name
+        self.write_json(CLOSED_NAME, closed | ({"generation": name} if name else {}))
 
     def closed(self, *, damaged: bool = False) -> dict[str, Any] | None:
         """What was written when recording ended in order.
@@ -207,22 +218,103 @@ class RunStore(RunLayout):
             found = self.read_json(CLOSED_NAME)
             if found is not None:
                 check_json(found, CLOSED, what=CLOSED_NAME, where=self.path / CLOSED_NAME)
+            if found and found.get("generation", "") != self.generations.name:
+                raise self._other_generation(CLOSED_NAME, self.path / CLOSED_NAME)
         except StoreError:
             if not damaged:
                 raise
             return None
         return found
 
-    def delete_after(self, s: int) -> None:
-        """Delete the steps and snapshots after step s, the last one first: what is left is a run at any time.
+    def go_on(self, after: int, *, lost_lines: int = 0) -> None:
+        """Begin another generation behind a step: what was stored of later ones is deleted, the last step first.
+
+        Whatever moment a kill picks, what is left is a run. Whoever has the run open is told by every file that is
+        written from now on.
 
         Args:
-            s: the last step that is kept.
+            after: the last step that is kept.
+            lost_lines: how many lines of the log are known to be lost.
+
+        Raises:
+            StoreError: something cannot be deleted or written.
         """
-        for later in reversed([t for t in self.found_snapshots() if t > s]):
-            remove(self.snapshot_path(later))
-        for later in reversed([t for t in self.found_steps() if t > s]):
-            remove(self.step_path(later))
+        generations = self.generations
+        self.sync(everything=True)  # whoever wrote it may have been killed before it was
+        self._remove(self.path / CLOSED_NAME)
+        for later in reversed([t for t in self.found_steps() if t > after]):
+            self._remove(self.step_path(later))
+        # That after the step itself, too: the state may be another one now, and is written next.
+        for later in reversed([t for t in self.found_snapshots() if t >= after]):
+            self._remove(self.snapshot_path(later))
+        self.sync(everything=True)  # nothing that was deleted comes back beside what is written now
+        self._generations = generations.going_on(after, lost_lines=lost_lines)
+        self.write_json(GENERATIONS_NAME, {"generations": list(self._generations.begun)})
+
+    def mend(self) -> None:
+        """Put right what a loss of power may have left of the small files, from the copies that others hold.
+
+        Raises:
+            StoreError: there is no copy.
+        """
+        try:
+            self.read_manifest()
+        except StoreError:
+            self.write_json(MANIFEST_NAME, self.read_manifest(damaged=True))
+        try:
+            self.look_up_generations()
+        except StoreError:
+            self.look_up_generations(damaged=True)
+            self.write_json(GENERATIONS_NAME, {"generations": list(self.generations.begun)})
+        if self.closed(damaged=True) is None:
+            self._remove(self.path / CLOSED_NAME)
+        self.mend_log(LOG_NAME)
+
+    def intact_steps(self) -> tuple[int, StoreError | None]:
+        """How many steps are there before the first that is damaged or missing, or whose batch is.
+
+        Steps behind the last snapshot may never have been synced, and are read in full.
+
+        Returns:
+            The number of the last one, and what is wrong with the next; None where nothing is.
+        """
+        found, promised = self.found_steps(), max([0, *self.found_snapshots()[:-1]])  # the last may be damaged itself
+        for s in range(1, (found[-1] if found else 0) + 1):
+            path, what = self.step_path(s), f"step {s}"
+            try:
+                stored = self.read_tensors(path, what=what, only="" if s > promised else ())
+                entries = stored.header["batches"] if mismatch(stored.header, step_pattern("steps")) is None else []
+                for entry in entries:
+                    if not entry.get("reread"):
+                        self.check_file(self.batch_path(entry["key"]), what=f"the batch of {what}")
+            except StoreError as error:
+                return s - 1, error
+        return (found[-1] if found else 0), None
+
+    def look_up_generations(self, *, damaged: bool = False) -> None:
+        """See where recording went on, once and for all: files of later generations are refused from now on.
+
+        Args:
+            damaged: where that is damaged or missing, take the copy that every snapshot holds.
+
+        Raises:
+            StoreError: it is damaged.
+        """
+        try:
+            self._generations = self._stored_generations()
+        except StoreError:
+            if not damaged:
+                raise
+            self._generations = Generations()
+        if damaged:
+            self._generations = max((self._generations, *self._spare_generations()), key=lambda g: len(g.begun))
+
+    def _spare_generations(self) -> Iterator[Generations]:
+        for s in self.found_snapshots():
+            found = self._of_any_run(self.snapshot_path(s))
+            if found is not None and found.run == self.run and isinstance(found.header, dict):
+                with suppress(ValueError):
+                    yield Generations.stored(found.header.get("generations", []))
 
     def count_steps(self, *, until: int | None = None, damaged: bool = False) -> int:
         """How many steps were recorded; every file of theirs is checked for truncation and for a damaged header.

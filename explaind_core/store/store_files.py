@@ -15,6 +15,7 @@ from torch import Tensor
 
 from explaind_core import trees
 from explaind_core.errors import StoreError
+from explaind_core.store.generations import Generations
 from explaind_core.store.json_files import MANIFEST_NAME, VERSION, JsonFiles
 from explaind_core.store.locations import opened
 from explaind_core.store.tensor_file import Contents, Damage, Shape, check_shapes, encode, read_contents, read_entry
@@ -61,7 +62,7 @@ class StoreFiles(JsonFiles):
         Returns:
             The name that all its files will carry, drawn at random.
         """
-        self._identity, self._logs = (uuid4().hex, VERSION), {}
+        self._identity, self._logs, self._generations = (uuid4().hex, VERSION), {}, Generations()
         return self.run
 
     def write_tensors(self, path: Path, header: Any, tensors: Mapping[str, Tensor]) -> int:
@@ -80,7 +81,8 @@ class StoreFiles(JsonFiles):
         """
         self.check_writable(path)
         try:
-            parts = encode(header, tensors, run=self.run, file=self._place(path), compress=self.compress)
+            names = {"run": self.run, "file": self._place(path), "generation": self.generations.name}
+            parts = encode(header, tensors, **names, compress=self.compress)
         except Damage as error:
             raise StoreError(f"{path.name} {error.what}", where=path, expected=error.expected, got=error.got) from error
         self._write(path, parts)
@@ -189,6 +191,9 @@ class StoreFiles(JsonFiles):
                     raise Damage("is another file of a run", expected=self._place(path), got=contents.file)
                 if version > 1 and contents.run != run and not of_any_run:
                     raise Damage(f"belongs to another run than {MANIFEST_NAME}", expected=run, got=contents.run)
+                expected = None if of_any_run else self._generation_of(path)
+                if expected is not None and contents.generation != expected:
+                    raise self._other_generation(what, path)
                 yield file, contents
         except FileNotFoundError:
             raise StoreError(f"{what} is missing", where=path, remedy=self._remedy(path)) from None
@@ -198,6 +203,10 @@ class StoreFiles(JsonFiles):
             ) from error
         except OSError as error:
             raise self._read_error(path, what, error) from error
+
+    def _generation_of(self, path: Path) -> str | None:  # noqa: ARG002 (for stores that go on)
+        """Which generation a file must belong to; None where any will do."""
+        return None
 
     def unflatten(self, structure: Any, tensors: Mapping[str, Tensor], path: Path, *, what: str) -> Any:
         """Rebuild nested data from a file (:func:`explaind_core.trees.unflatten`).

@@ -96,16 +96,20 @@ class Contents:
         entries: tensors by name.
         run: which run it is of; None in files of version 1.
         file: which file of it; None in files of version 1.
+        generation: which continuation of the run wrote it; empty for the first.
     """
 
     header: Any
     entries: dict[str, Entry]
     run: str | None
     file: str | None
+    generation: str = ""
 
 
 # ---------------------------------------------------------------------- writing
-def encode(header: Any, tensors: Mapping[str, Tensor], *, run: str, file: str, compress: bool) -> list[Any]:
+def encode(
+    header: Any, tensors: Mapping[str, Tensor], *, run: str, file: str, compress: bool, generation: str = ""
+) -> list[Any]:
     """A file as buffers to be written one after the other.
 
     Args:
@@ -114,6 +118,7 @@ def encode(header: Any, tensors: Mapping[str, Tensor], *, run: str, file: str, c
         run: which run it is of.
         file: which file of it.
         compress: pack tensors where that makes them shorter.
+        generation: which continuation of the run writes it.
 
     Returns:
         Buffers, to be written one after the other.
@@ -130,6 +135,7 @@ def encode(header: Any, tensors: Mapping[str, Tensor], *, run: str, file: str, c
                 {
                     "run": run,
                     "file": file,
+                    **({"generation": generation} if generation else {}),
                     "tensors": {s.name: [s.codec, _BY_NAME[s.dtype], s.shape, s.digest] for s in stored},
                 }
             ),
@@ -212,12 +218,12 @@ def read_contents(file: BinaryIO, size: int, *, sealed: bool = True) -> Contents
     said = _parsed(metadata.get(_CONTENTS, ""), "is damaged: its contents are not declared", size)
     try:
         entries = {n: _entry(spans[n], *said["tensors"][n]) for n in spans}
-        run, name = said["run"], said["file"]
+        run, name, generation = said["run"], said["file"], said.get("generation", "")
     except (LookupError, TypeError, ValueError) as error:
         raise Damage(f"is damaged: its contents are not declared as they must be ({error})") from error
-    if not isinstance(run, str) or not isinstance(name, str):
+    if not all(isinstance(word, str) for word in (run, name, generation)):
         raise Damage("is damaged: it does not say which file of which run it is")
-    return Contents(header, entries, run, name)
+    return Contents(header, entries, run, name, generation)
 
 
 def _digest_unsealed(raw: bytes, seal: str) -> str:

@@ -10,17 +10,16 @@ from upath import UPath
 
 import explaind_core as explaind
 from explaind_core import errors
+from explaind_core.store.folder_contents import names_in, total_bytes
 from explaind_core.store.integrity import damages
 from explaind_core.store.locations import (
     NotPlainError,
     append,
     locate,
-    names_in,
     read_bytes,
     remove,
     remove_unfinished,
     replace,
-    total_bytes,
 )
 from explaind_core.store.run_store import RunStore
 from support.interrupted_training import STEPS, Training, held

@@ -132,6 +132,23 @@ def test_whichever_write_finds_the_disk_full_the_run_goes_on(tmp_path, monkeypat
         assert set(whole[3]) - set(logged) <= {reached}
 
 
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EDQUOT, "the disk is full"),
+        (errno.EFBIG, "written: File too"),
+    ],
+)
+def test_what_is_larger_than_the_system_allows_is_no_full_disk(tmp_path, monkeypatch, number, said):
+    def write(path, parts):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(locations, "write", write)
+    with pytest.raises(errors.StoreError, match=rf"{said}[\s\S]*{'ulimit' if number == errno.EFBIG else 'free some'}"):
+        Training().record(tmp_path / "run")
+
+
 def test_behind_a_step_that_could_not_be_recorded_no_other_one_is(tmp_path):
     training = Training()
     recorder = explaind.Recorder(tmp_path / "run", training.model, training.optimizer, training.loss)

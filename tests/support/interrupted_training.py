@@ -10,6 +10,10 @@ import explaind_core as explaind
 STEPS = 5
 
 
+class Interrupted(Exception):  # noqa: N818 (no error of anybody's)
+    """The training does not get to its end."""
+
+
 class Training:
     """A small training with momentum, running statistics, snapshots and a log; the same whenever it is begun."""
 
@@ -20,7 +24,7 @@ class Training:
         self.inputs, self.targets = torch.randn(STEPS, 6, 3).double(), torch.randn(STEPS, 6, 2).double()
         self.loss = nn.MSELoss()
 
-    def record(self, path, *, until=STEPS, **options):
+    def record(self, path, *, until=STEPS, interrupted=False, **options):
         recorder = explaind.Recorder(path, self.model, self.optimizer, self.loss, snapshot_every=2, **options)
         with recorder:
             for s in range(recorder.steps, until):
@@ -29,6 +33,8 @@ class Training:
                 recorder.batch(self.inputs[s], self.targets[s], ids=range(6))
                 self.optimizer.step()
                 recorder.log(step_number=s + 1)
+            if interrupted:
+                raise Interrupted
 
     def go_on(self, path):
         run = explaind.open_run(path, model=self.model)
@@ -41,4 +47,6 @@ def held(path):
     run = explaind.open_run(path)
     theta = [{n: t.tolist() for n, t in run.theta(s).items()} for s in (0, *run.steps)]
     buffers = {n: b.tolist() for n, b in run.buffers().items()}
-    return theta, buffers, [run.batch(s).inputs.tolist() for s in run.steps], run.metrics.step_number.values.tolist()
+    logged = run.metrics.get("step_number")
+    numbers = [] if logged is None else logged.values.tolist()
+    return theta, buffers, [run.batch(s).inputs.tolist() for s in run.steps], numbers
