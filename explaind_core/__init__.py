@@ -28,7 +28,7 @@ from explaind_core.scores import (
     spread_residual,
     top_samples,
 )
-from explaind_core.store import StoreSize, store_size
+from explaind_core.store import StoreSize, digest, store_size
 from explaind_core.training_step import PerRow, Shared
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "by_parameter",
     "closure_error",
     "decompose",
+    "digest",
     "errors",
     "fit_inferred",
     "hookimpl",

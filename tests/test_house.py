@@ -47,7 +47,7 @@ PUBLIC = [
     "Activation", "Chosen", "Function", "InferredRule", "LinearFilter", "LogProbabilities", "Loss", "Output",
     "Outputs", "PerRow", "Plan", "RecordedStep", "Recorder", "Run", "Sample", "Shared", "StepCoefficients",
     "StoreSize", "UpdateRule", "Verification", "attribute", "attribute_checkpoints", "by_parameter",
-    "closure_error", "decompose", "errors", "fit_inferred", "hookimpl", "import_checkpoints", "importance",
+    "closure_error", "decompose", "digest", "errors", "fit_inferred", "hookimpl", "import_checkpoints", "importance",
     "kernel_slices", "open_result", "open_run", "operators", "parameter_importance", "plan", "plan_similarity",
     "relative_regularization", "similarity", "spread_residual", "store_size", "symbolic", "testing", "top_samples",
     "verify",

@@ -64,7 +64,9 @@ def import_checkpoints(
     manifest |= {"model": qualified_name(type(model)), "provenance": provenance()}
     begun = store.unfinished()
     if begun is None:
-        others = [name for name in names_in(store.path) if name != UNFINISHED_NAME + UNFINISHED]
+        # What a kill leaves of that file's writing has something between that nobody can guess.
+        names = names_in(store.path)
+        others = [name for name in names if not (name.startswith(UNFINISHED_NAME) and name.endswith(UNFINISHED))]
         if exists(store.path) and (not is_folder(store.path) or others):
             raise StoreError(
                 "there is something at this path already",

@@ -69,6 +69,19 @@ def check(run: RunPath) -> None:
 
 
 @app.command()
+def digest(
+    path: Annotated[Path, typer.Argument(help="the folder of a recorded run or of a result")],
+    expect: Annotated[str, typer.Option(help="the digest that it must have")] = "",
+) -> None:
+    """Print one SHA-256 over all files of a run or a result; with --expect, 0 only if it is that one."""
+    import explaind_core as explaind
+
+    found = explaind.digest(path)
+    console.print(f"{found}  {printable(path)}", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(1 if expect and expect.lower() != found else 0)
+
+
+@app.command()
 def verify(
     run: RunPath,
     model: ModelName,

@@ -42,7 +42,9 @@ def check_outputs(run: Run) -> None:
     """
     if run.outputs_accepted:
         return
-    every = run.manifest["snapshot_every"]
+    every = run.manifest.get("snapshot_every")
+    if every is None:  # of version 1, which kept no outputs
+        return
     # In snapshots mode only what stands behind a snapshot can be had without making steps again.
     kept = [s for s in run.steps if keeps_outputs(s, every) and (run.mode != "snapshots" or (s - 1) % every == 0)]
     found = {s: _difference(run, s) for s in sorted({kept[k] for k in (0, len(kept) // 2, -1)})} if kept else {}

@@ -20,15 +20,8 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from explaind_core.errors import QuestionError, StoreError
 from explaind_core.results.counts import COUNTS
-from explaind_core.results.stored_result import (
-    ForeignError,
-    Record,
-    check_files,
-    checksum,
-    counted_files,
-    read_record,
-    stored_result,
-)
+from explaind_core.results.result_record import ForeignError, Record, checksum, read_record
+from explaind_core.results.stored_result import check_files, counted_files, stored_result
 from explaind_core.results.zarr_folder import PARTIAL, check_plain_folder, zarr_store
 from explaind_core.store import (
     LockWords,

@@ -6,6 +6,7 @@ It may import errors, naming, progress, tensors, trees, data and rules.
 from __future__ import annotations
 
 from explaind_core.store.compression import pack, unpack
+from explaind_core.store.digest import digest
 from explaind_core.store.durable import sync, sync_folders
 from explaind_core.store.folder_contents import exists, is_folder, names_in, size_of
 from explaind_core.store.guarded_files import check_tree, is_inside
@@ -77,6 +78,7 @@ __all__ = [
     "check_space",
     "check_tree",
     "damages",
+    "digest",
     "exists",
     "is_folder",
     "is_inside",

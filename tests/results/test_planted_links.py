@@ -8,7 +8,7 @@ import xarray as xr
 
 import explaind_core as explaind
 from explaind_core import errors
-from explaind_core.results import stored_result
+from explaind_core.results import result_record
 from explaind_core.results.zarr_folder import check_plain_folder
 from support.asked_results import ask
 from support.planted import ANY, SECRET, device, hard, pipe, symbolic
@@ -132,11 +132,14 @@ def test_a_folder_of_a_result_is_no_link_even_where_links_are_followed(tmp_path)
 @pytest.mark.parametrize("where", ["files", "arrays"])
 def test_a_result_names_nothing_outside_of_its_folder(tmp_path, victim, name, where):
     folder = finished(tmp_path)
-    known = stored_result.read_record(folder)
-    changed = {**getattr(known, where), name: stored_result.checksum(SECRET) if where == "files" else {}}
-    record = stored_result.Record(**{**vars(known), where: changed})
+    known = result_record.read_record(folder)
+    changed = {**getattr(known, where), name: result_record.checksum(SECRET) if where == "files" else {}}
+    record = result_record.Record(**{**vars(known), where: changed})
     (folder / "zarr.json").write_bytes(record.encoded("0"))
-    with pytest.raises(errors.StoreError, match="names a file outside of its folder"):
+    with pytest.raises(
+        errors.StoreError,
+        match="does not name the metadata of each array" if where == "files" else "an array is called",
+    ):
         explaind.open_result(folder)
 
 

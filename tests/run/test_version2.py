@@ -44,7 +44,10 @@ def test_a_run_answers_the_same(folder, name):
     found = old_versions.answers(old_versions.opened(folder, name))
     assert found.keys() == SAID["answers"][name].keys()
     for key, said in SAID["answers"][name].items():
-        np.testing.assert_allclose(numbers(found[key]), numbers(said), rtol=1e-11, atol=1e-13, err_msg=key)
+        # The bias in front of a normalisation has a gradient that is zero but for rounding, which Adam divides by its
+        # size: what a machine rounds there reaches the residual of samples' shares, and that alone.
+        rounding = 1e-11 if (name, key) == ("transformers_loss", "walked/residual") else 1e-13
+        np.testing.assert_allclose(numbers(found[key]), numbers(said), rtol=1e-11, atol=rounding, err_msg=key)
 
 
 @pytest.mark.parametrize("name", ["forward", "adjoint"])

@@ -84,7 +84,11 @@ def test_whatever_call_fails_the_run_is_there(whole, doing, share, times, late, 
             begin(fresh)
         except StoreError:
             Training().go_on(fresh)
-        assert held(fresh) == whole
+        found = held(fresh)
+        assert found[:3] == whole[:3]
+        told = len(whole[3]) - len(found[3])  # a number that could not be logged was told of, and the training ended
+        assert set(found[3]) <= set(whole[3])
+        assert told in ((0, 1) if times == FOR_GOOD else (0,))
     elif doing is overwrite:
         overwrite(fresh)
         assert held(fresh) == whole

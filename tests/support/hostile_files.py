@@ -9,7 +9,7 @@ from typing import Any
 
 from xxhash import xxh3_128_hexdigest
 
-from explaind_core.results.stored_result import checksum
+from explaind_core.results.result_record import checksum
 from explaind_core.store import sealed_json
 
 
