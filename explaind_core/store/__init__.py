@@ -9,7 +9,7 @@ from explaind_core.store.compression import pack, unpack
 from explaind_core.store.digest import digest
 from explaind_core.store.durable import sync, sync_folders
 from explaind_core.store.folder_contents import exists, is_folder, names_in, size_of
-from explaind_core.store.guarded_files import check_tree, is_inside
+from explaind_core.store.guarded_files import check_tree
 from explaind_core.store.integrity import damages
 from explaind_core.store.json_files import MANIFEST_NAME, VERSION
 from explaind_core.store.json_schema import (
@@ -81,7 +81,6 @@ __all__ = [
     "digest",
     "exists",
     "is_folder",
-    "is_inside",
     "is_local",
     "locate",
     "mismatch",

@@ -174,7 +174,7 @@ def test_what_is_no_finished_result_is_told(tmp_path):
 
 
 def test_another_version_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("explaind_core.results.stored_result.VERSION", 2)
+    monkeypatch.setattr("explaind_core.results.result_record.VERSION", 2)
     ask(tmp_path / "result.zarr")
     monkeypatch.undo()
     with pytest.raises(StoreError, match=r"another version[\s\S]*expected: version 1[\s\S]*got: +version 2"):
