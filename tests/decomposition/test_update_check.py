@@ -12,7 +12,8 @@ from torch import nn
 
 import explaind_core as explaind
 from explaind_core.decomposition import check_update
-from explaind_core.decomposition.update_error import UpdateError, distance
+from explaind_core.decomposition.split import UpdateSplit
+from explaind_core.decomposition.update_error import UpdateError, distance, update_errors
 from explaind_core.errors import CoefficientError, QuestionError
 from explaind_core.testing import record_example
 
@@ -213,6 +214,19 @@ def test_the_unit_of_an_error():
     assert distance([tiny]) == (1 / 4096, 1 / 4096)
     assert distance([UpdateError("a", 0.0, 0.0, 1.0, eps)]) == (0.0, 1 / 4096)
     assert distance([UpdateError("a", 1.0, 0.0, 0.0, eps)])[0] == math.inf
+    assert distance([UpdateError("a", 0.0, 0.0, 0.0, eps)]) == distance([]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "moved", "size"), [(3.0, 3.0, 5.0), (2.0, 3.0, 5.0), (1.0, 0.0, 5.0), (0.0, 0.0, 0.0)]
+)
+def test_the_size_of_a_parameter_is_told_where_anything_is_to_be_measured(kernel, moved, size):
+    """It moved, or should have: explained or not. What stood still, as declared, needs none."""
+    after, zero = torch.tensor([3.0, 4.0]), torch.zeros(2, dtype=torch.float64)
+    step, declared = (torch.tensor([value, 0.0], dtype=torch.float64) for value in (moved, kernel))
+    before = after - step.float()
+    (found,) = update_errors({"a": before}, {"a": after}, {"a": UpdateSplit(declared, zero, None, step)})
+    assert found == UpdateError("a", abs(kernel - moved), moved, size, 2.0**-23)
 
 
 @pytest.mark.parametrize("wrong", [-1.0, math.nan])
