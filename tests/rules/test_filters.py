@@ -118,3 +118,8 @@ def test_weights_beyond_the_precision_of_a_stack_are_multiplied_in_float64(large
     found = apply_each(Diagonal(weight), torch.tensor([[1e-10, 1.0], [0.0, 3.0]]))
     assert found.dtype == torch.float32
     assert found.flatten().tolist() == pytest.approx([1e-10 * largest, 2.0, 0.0, 6.0], rel=1e-6)
+
+
+def test_a_buffer_is_dampened_unless_it_is_just_being_created():
+    assert LinearFilter.momentum(0.9, dampening=0.25) == LinearFilter(A=((0.9,),), B=(0.75,), C=(0.9,), D=0.75)
+    assert LinearFilter.momentum(0.9, dampening=0.25, first=True) == LinearFilter.momentum(0.9)
