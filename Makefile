@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check bench optimizers matrix faults docs studies clean
+.PHONY: demo test test-slow check bench optimizers matrix faults mutants docs studies clean
 
 demo: $(VENV)/installed
 	$(BIN)/explaind demo $(ARGS)
@@ -50,6 +50,14 @@ faults: $(VENV)/installed
 	$(BIN)/python benchmarks/faults.py recording
 	$(BIN)/python benchmarks/faults.py attribution
 	$(BIN)/python benchmarks/damage.py 1000 0
+
+# Small changes of one module, one at a time, and which of them no test notices: make mutants ARGS="MODULE [TESTS ...]".
+mutants: $(VENV)/mutation
+	$(BIN)/python tools/mutants.py $(ARGS)
+
+$(VENV)/mutation: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[mutation]'
+	touch $@
 
 # The paper's experiments at their full size; the pages under docs/studies are made so. Some four hours on two cores.
 studies: $(VENV)/installed

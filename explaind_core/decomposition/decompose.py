@@ -16,7 +16,6 @@ penalty's and once over m_0. ``error_s`` is what the declaration does not explai
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -149,8 +148,8 @@ class Decomposer:
     def load(self, state: Mapping[str, Any]) -> None:
         """Go back to where :meth:`state` was called, or to one of its copies from disk."""
         self._replay.load(state["optimizer"])
-        # Copies: a state may be loaded more than once, and filters that appeared later must go.
-        memories = {name: copy.copy(self._memories[name]) for name in state["filters"]}
+        # Filters that appeared later must go. Their entries are never written to, so a state may be loaded again.
+        memories = {name: self._memories[name] for name in state["filters"]}
         for name, kept in state["filters"].items():
             for entry, value in kept.items():
                 setattr(memories[name], entry, value)

@@ -295,3 +295,24 @@ def test_a_used_optimizer_without_filter_needs_no_filter_states():
 
     run = with_rule(Adagrad(), make=torch.optim.Adagrad, before=2)
     assert max(step.error for step in explaind.decompose(run)) < 1e-12
+
+
+def test_a_state_that_is_filled_before_the_first_step_is_unused():
+    """Adagrad fills its sum when it is made, and its clock stands at 0: nothing of a filter is lost there."""
+
+    class Adagrad(explaind.UpdateRule):
+        optimizers = ("torch.optim.adagrad.Adagrad",)
+        options = frozenset(torch.optim.Adagrad([nn.Parameter(torch.ones(1))]).defaults)
+
+        def coefficients(self, step):
+            inert = explaind.LinearFilter(A=((0.0,),), B=(1.0,), C=(0.0,), D=1.0)
+            weight = step.hyper["lr"] / (step.after["sum"].sqrt() + step.hyper["eps"])
+            return explaind.StepCoefficients(explaind.operators.Diagonal(weight), filter=inert)
+
+    def make(parameters, **options):
+        return torch.optim.Adagrad(parameters, **options, initial_accumulator_value=0.1)
+
+    fresh = with_rule(Adagrad(), make=make)
+    assert max(step.error for step in explaind.decompose(fresh)) < 1e-12
+    with pytest.raises(errors.RecordingError, match=r"used optimizer[\s\S]*\['sum'\]"):
+        list(explaind.decompose(with_rule(Adagrad(), make=make, before=1)))

@@ -154,6 +154,46 @@ def test_declared_runs_carry_no_such_label():
     assert "INFERRED" not in str(explaind.verify(run, INPUTS, progress=False))
 
 
+@pytest.mark.parametrize(
+    ("correction", "accepted"), [(0.0, True), (0.099, True), (0.101, False), (float("nan"), False)]
+)
+def test_a_correction_is_accepted_up_to_the_bound(correction, accepted):
+    rule = explaind.InferredRule(bound=0.1)
+    explaind.InferredRule(bound=0.1, force=True).check_correction(correction, 3)
+    if accepted:
+        rule.check_correction(correction, 3)
+        return
+    with pytest.raises(InferenceError, match=r"correction is above the bound[\s\S]*step 3"):
+        rule.check_correction(correction, 3)
+
+
+class Uneven(torch.optim.Optimizer):
+    """Gradient descent that is a twentieth faster in every other entry."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                faster = torch.arange(p.numel(), dtype=p.dtype).view(p.shape) % 2
+                p.sub_(group["lr"] * (1 + 0.05 * faster) * p.grad)
+
+
+@pytest.mark.parametrize(("within", "preconditioner"), [(1.01, "identity"), (0.99, "quotient")])
+def test_a_fit_compares_the_root_mean_square_with_the_bound(within, preconditioner):
+    """The identity misses the same share of every step: its sum over all of them is no measure."""
+    run = trained(Uneven, lr=0.1)
+    plain = explaind.InferredRule(force=True)
+    corrections = [step.correction for step in explaind.decompose(run.explained_by(plain))]
+    mean = (sum(c**2 for c in corrections) / len(corrections)) ** 0.5
+    assert 0.01 < mean < 0.03
+    found = explaind.InferredRule.fit(run, bound=within * mean)
+    assert found.preconditioner == preconditioner
+    assert found.momentum == 0.0
+
+
 def test_half_precision_is_refused():
     run = trained(UndeclaredAdam, explaind.InferredRule(momentum=0.9), dtype=torch.bfloat16, lr=0.01)
     with pytest.raises(InferenceError, match="half precision"):

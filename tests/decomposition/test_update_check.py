@@ -12,7 +12,8 @@ from torch import nn
 
 import explaind_core as explaind
 from explaind_core.decomposition import check_update
-from explaind_core.decomposition.update_error import UpdateError, distance
+from explaind_core.decomposition.split import UpdateSplit
+from explaind_core.decomposition.update_error import UpdateError, distance, update_errors
 from explaind_core.errors import CoefficientError, QuestionError
 from explaind_core.testing import record_example
 
@@ -33,14 +34,16 @@ class OffBy(explaind.UpdateRule):
     )
     only = ""
     factor = 1.0
+    at: int | None = None  # of which step alone, where it is given
 
     def coefficients(self, step):
-        factor = self.factor if step.name.startswith(self.only) else 1.0
+        wrong = step.name.startswith(self.only) and self.at in (None, step.step)
+        factor = self.factor if wrong else 1.0
         return explaind.StepCoefficients(preconditioner=factor * step.hyper["lr"])
 
 
-def off_by(factor, only=""):
-    return type("Rule", (OffBy,), {"factor": factor, "only": only})()
+def off_by(factor, only="", at=None):
+    return type("Rule", (OffBy,), {"factor": factor, "only": only, "at": at})()
 
 
 def trained(path, rule, dtype=torch.float64, steps=3, lr=0.1):
@@ -83,6 +86,53 @@ def test_scores_refuse_a_wrong_rule(tmp_path):
 def test_verify_tells_a_wrong_rule(tmp_path):
     run, inputs = trained(tmp_path / "run", off_by(10.0))
     assert explaind.verify(run, inputs, progress=False).update_error == pytest.approx(9.0)
+
+
+def test_verify_tells_the_worst_step_and_not_their_mean(tmp_path):
+    run, inputs = trained(tmp_path / "run", off_by(10.0, at=2), steps=4)
+    assert explaind.verify(run, inputs, progress=False).update_error == pytest.approx(9.0)
+
+
+class Drifting(torch.optim.SGD):
+    """Moves parameters that have no gradient, too: by a thousandth of themselves."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    p.mul_(0.999)
+
+
+class DriftingRule(OffBy):
+    optimizers = (f"{Drifting.__module__}.{Drifting.__qualname__}",)
+
+
+def test_a_parameter_that_an_optimizer_moves_without_a_gradient_is_an_error(tmp_path):
+    torch.manual_seed(0)
+    model, loss = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double(), nn.CrossEntropyLoss()
+    optimizer = Drifting(model.parameters(), lr=0.1)
+    inputs, targets = torch.randn(8, 4).double(), torch.randint(2, (8,))
+    with explaind.Recorder(tmp_path / "run", model, optimizer, loss, rule=DriftingRule()) as recorder:
+        for s in range(3):
+            optimizer.zero_grad()
+            loss(model(inputs), targets).backward()
+            if s == 1:
+                model[0].weight.grad = None
+            recorder.batch(inputs, targets, ids=range(8))
+            optimizer.step()
+    run = explaind.open_run(tmp_path / "run", model=model, rule=DriftingRule())
+    steps = list(explaind.decompose(run))
+    moved = float((steps[1].theta["0.weight"] - steps[1].theta_before["0.weight"]).norm())
+    told = {e.name: e for e in steps[1].errors}["0.weight"]
+    assert (told.updated, told.missed, told.moved) == (False, moved, moved)
+    whole = sum(float((steps[1].theta[n] - steps[1].theta_before[n]).norm()) ** 2 for n in steps[1].theta) ** 0.5
+    assert steps[1].error == pytest.approx(moved / whole)
+    assert max(steps[0].error, steps[2].error) < 1e-12
+    assert explaind.verify(run, inputs, progress=False).update_error == pytest.approx(moved / whole)
+    with pytest.raises(CoefficientError, match=r"step 2, parameter '0.weight'"):
+        explaind.attribute(run, inputs, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +214,19 @@ def test_the_unit_of_an_error():
     assert distance([tiny]) == (1 / 4096, 1 / 4096)
     assert distance([UpdateError("a", 0.0, 0.0, 1.0, eps)]) == (0.0, 1 / 4096)
     assert distance([UpdateError("a", 1.0, 0.0, 0.0, eps)])[0] == math.inf
+    assert distance([UpdateError("a", 0.0, 0.0, 0.0, eps)]) == distance([]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "moved", "size"), [(3.0, 3.0, 5.0), (2.0, 3.0, 5.0), (1.0, 0.0, 5.0), (0.0, 0.0, 0.0)]
+)
+def test_the_size_of_a_parameter_is_told_where_anything_is_to_be_measured(kernel, moved, size):
+    """It moved, or should have: explained or not. What stood still, as declared, needs none."""
+    after, zero = torch.tensor([3.0, 4.0]), torch.zeros(2, dtype=torch.float64)
+    step, declared = (torch.tensor([value, 0.0], dtype=torch.float64) for value in (moved, kernel))
+    before = after - step.float()
+    (found,) = update_errors({"a": before}, {"a": after}, {"a": UpdateSplit(declared, zero, None, step)})
+    assert found == UpdateError("a", abs(kernel - moved), moved, size, 2.0**-23)
 
 
 @pytest.mark.parametrize("wrong", [-1.0, math.nan])

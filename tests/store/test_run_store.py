@@ -16,7 +16,7 @@ from torch import nn
 
 import explaind_core as explaind
 from explaind_core import errors, trees
-from explaind_core.store import locations
+from explaind_core.store import locations, run_store
 from explaind_core.store.run_store import RunStore
 from explaind_core.testing import record_example
 
@@ -99,6 +99,43 @@ def test_a_missing_batch_is_named_with_its_step(run):
 def test_files_that_are_no_steps_are_passed_over(run, name):
     (run.store.step_path(1).parent / name).write_bytes(b"junk")
     assert len(explaind.open_run(run.path).steps) == 4
+
+
+@pytest.mark.parametrize(
+    "name", ["steps/001/000002.safetensors", "steps/000/2.safetensors", "steps/000/001002.safetensors",
+             "steps/001/000005.safetensors"],
+)  # fmt: skip
+def test_steps_in_another_place_are_passed_over(run, name):
+    misplaced = run.path / name
+    misplaced.parent.mkdir(exist_ok=True)
+    shutil.copy(run.store.step_path(2), misplaced)
+    assert run.store.found_steps() == [1, 2, 3, 4]
+    assert len(explaind.open_run(run.path).steps) == 4
+
+
+@pytest.mark.parametrize("deleted", range(5))
+def test_whatever_a_kill_leaves_of_deleting_the_last_steps_is_a_run(monkeypatch, deleted):
+    """Steps go from the last one on, and what is left is without a hole."""
+    run = record_example(steps=6)
+    (run.path / "closed.json").unlink()  # as resuming leaves it
+    removed, remove = [], run_store.remove
+
+    def killed(path):
+        if path.parent.parent.name == "steps":
+            if len(removed) == deleted:
+                raise KeyboardInterrupt
+            removed.append(int(path.stem))
+        remove(path)
+
+    monkeypatch.setattr(run_store, "remove", killed)
+    if deleted < 4:
+        with pytest.raises(KeyboardInterrupt):
+            run.store.delete_after(2)
+    else:
+        run.store.delete_after(2)
+    assert removed == [6, 5, 4, 3][:deleted]
+    assert run.store.found_steps() == list(range(1, 7 - deleted))
+    assert len(explaind.open_run(run.path).steps) == 6 - deleted
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '"run"', '{"format": "other"}'])

@@ -113,6 +113,13 @@ def test_no_part_passes_for_the_whole(cut):
         read(SMALL_FILE[:cut])
 
 
+@pytest.mark.parametrize("more", [1, 8, 4096])
+def test_bytes_behind_the_last_tensor_are_noticed(more):
+    with pytest.raises(Damage, match="truncated") as found:
+        read(SMALL_FILE + bytes(more))
+    assert (found.value.expected, found.value.got) == (f"{len(SMALL_FILE)} bytes", f"{len(SMALL_FILE) + more} bytes")
+
+
 def test_one_damaged_tensor_leaves_the_others_readable():
     contents, _ = read(SMALL_FILE)
     data = bytearray(SMALL_FILE)

@@ -185,8 +185,11 @@ def values(model: nn.Module, theta: dict[str, Tensor], buffers: dict[str, Tensor
     return model(INPUTS).detach().numpy()
 
 
-def expected(kept: Trained, features: frozenset[str], *, moving: bool = True) -> dict[str, np.ndarray]:
-    """Everything as explicit sums over pairs of steps: ``[N, N, L, K, n, J]``, and what has fewer axes."""
+def expected(kept: Trained, features: frozenset[str], *, moving: bool = True, chords: int = 1) -> dict[str, np.ndarray]:
+    """Everything as explicit sums over pairs of steps: ``[N, N, L, K, n, J]``, and what has fewer axes.
+
+    The steps of a chord have the feature map of the straight line through its ends, and its buffers where it begins.
+    """
     model = network(features)
     layers = list(dict.fromkeys(n.rpartition(".")[0] for n in kept.theta[0]))
     ids, N = sorted({k for step, _ in kept.shares for k in step}), len(kept.shares)
@@ -195,15 +198,16 @@ def expected(kept: Trained, features: frozenset[str], *, moving: bool = True) ->
     found = {n: np.zeros((N, len(layers), len(INPUTS), 2)) for n in ("regularization", "penalty", "unattributed")}
     statistics = np.zeros((N, len(INPUTS), 2))
     for s in range(N):
-        before, after = kept.theta[s], kept.theta[s + 1]
-        buffers = kept.buffers[s] if moving else kept.buffers[-1]
+        first, end = s - s % chords, min(s - s % chords + chords, N)
+        before, after = kept.theta[first], kept.theta[end]
+        buffers = kept.buffers[first] if moving else kept.buffers[-1]
         phi: dict[str, Tensor] = {}
         for t, w in zip(points, weights, strict=True):
             here = {n: before[n] + (t + 1) / 2 * (after[n] - before[n]) for n in before}
             for n, j in jacobian(model, here, buffers).items():
                 phi[n] = phi.get(n, 0) + w / 2 * j
-        if moving:
-            statistics[s] = values(model, after, kept.buffers[s + 1]) - values(model, after, buffers)
+        if moving and s + 1 == end:
+            statistics[s] = values(model, after, kept.buffers[end]) - values(model, after, buffers)
         for i in range(s + 1):
             alpha = kept.lr * kept.mu ** (s - i)
             rest = {n: g.clone() for n, g in kept.fed[i].items()}
@@ -223,7 +227,13 @@ def expected(kept: Trained, features: frozenset[str], *, moving: bool = True) ->
 
 def check(kept: Trained, features: frozenset[str], keep: tuple[str, ...], strategy: str | None, **ask: Any) -> Any:
     moving = ask.get("buffers", "recorded") == "recorded"
-    truth = expected(kept, features, moving=moving)
+    chords = ask.get("chords", 1)
+    truth = expected(kept, features, moving=moving, chords=chords)
+    starts = range(0, len(kept.shares), chords)
+    truth = {name: np.add.reduceat(values, starts, axis=0) for name, values in truth.items()}
+    if "train" in ask:
+        ids = sorted({k for step, _ in kept.shares for k in step})
+        truth["kernel"] = truth["kernel"][:, :, :, [ids.index(k) for k in ask["train"]]]
     result = explaind.attribute(
         kept.run, INPUTS, keep=keep, nodes=NODES, strategy=strategy, progress=False,
         unattributed="carry" if "noise" in features else "refuse", **ask,
