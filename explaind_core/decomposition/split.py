@@ -13,6 +13,7 @@ from explaind_core.errors import CoefficientError, RecordingError, StoreError
 from explaind_core.rules import (
     FilterState,
     LinearFilter,
+    LinearOperator,
     OfReadout,
     RecordedStep,
     StepCoefficients,
@@ -24,6 +25,9 @@ from explaind_core.run import ReplayedStep
 from explaind_core.tensors import to_dense
 
 __all__ = ["ParameterFilter", "UpdateSplit", "by_parameter", "relative_correction", "split_step", "split_update"]
+
+#: So many roundings of its terms a readout may be off by: its states were rounded at every step.
+_ROUNDINGS = 16
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class UpdateSplit:
             secant.
         moved: the 2-norm of that update; 0 for a rule that needs no secant.
         penalty: what a penalty's gradient moved; None where zero.
+        unsure: the 2-norm of what rounding may make of the preconditioner, where it is made from the readout: a sign of
+            what is zero but for rounding is either one.
     """
 
     kernel: Tensor
@@ -48,6 +54,7 @@ class UpdateSplit:
     missed: float = 0.0
     moved: float = 0.0
     penalty: Tensor | None = None
+    unsure: float = 0.0
 
     @property
     def declared(self) -> Tensor:
@@ -158,7 +165,12 @@ class _Inputs:
 
 
 def split_update(
-    rule: UpdateRule, recorded: RecordedStep, memory: ParameterFilter, penalty: Tensor | None = None
+    rule: UpdateRule,
+    recorded: RecordedStep,
+    memory: ParameterFilter,
+    penalty: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[UpdateSplit, StepCoefficients]:
     """Split one parameter's update by the rule's coefficients, advancing its filter ``memory``.
 
@@ -167,6 +179,7 @@ def split_update(
         recorded: what it is shown of the step.
         memory: the parameter's filter, which is advanced.
         penalty: what a penalty's gradient is in the fed one, of the parameter's shape; None for zero.
+        dtype: what the optimizer computed in.
 
     Raises:
         CoefficientError: the rule's declaration is malformed, or its update is not finite.
@@ -186,9 +199,10 @@ def split_update(
     inputs = _Inputs(E.apply(gradient), coupled, None if penalty is None else E.apply(penalty))
     memory.start(rule, recorded, declared.filter.order)
     kernel, others = memory.advance(inputs, declared.filter)
-    missed = moved = 0.0
+    missed = moved = unsure = 0.0
     out = sum(others.values(), kernel)  # all that the filter reads out
     if isinstance(P, OfReadout):
+        unsure = _unsure(P, out, _terms(declared.filter, memory, recorded.gradient), torch.finfo(dtype))
         P = P.make(out)
         declared = replace(declared, preconditioner=P)
     if rule.closed_by_secant:
@@ -206,6 +220,7 @@ def split_update(
         missed=missed,
         moved=moved,
         penalty=-P.apply(others["penalty"]) if "penalty" in others else None,
+        unsure=unsure,
     )
     if not torch.isfinite(split.declared).all():
         raise CoefficientError(
@@ -214,6 +229,22 @@ def split_update(
             remedy="check the rule's preconditioner for a division by zero",
         )
     return split, declared
+
+
+def _terms(coefficients: LinearFilter, memory: ParameterFilter, gradient: Tensor) -> Tensor:
+    """How large what the filter adds up is, entry by entry; zero where all of it is."""
+    terms = [(coefficients.D, gradient)]
+    for states in (memory.kernel, memory.decay, memory.penalty, memory.prehistory):
+        terms += zip(coefficients.C, states, strict=False)  # a part that nothing was ever fed has no states
+    sizes = ((c.apply(t) if isinstance(c, LinearOperator) else c * t).abs() for c, t in terms)
+    return sum(sizes, torch.zeros_like(gradient))
+
+
+def _unsure(made: OfReadout, out: Tensor, terms: Tensor, numbers: torch.finfo) -> float:
+    """What the update may differ by where the readout is rounded: with its terms, or away below the normal numbers."""
+    off = (_ROUNDINGS * numbers.eps * terms + numbers.tiny).where(terms > 0, 0.0)
+    above, below = (made.make(near).apply(near) for near in (out + off, out - off))
+    return float((above - below).norm())
 
 
 def _zero(operator: object) -> bool:
@@ -265,7 +296,8 @@ def split_step(
                 penalties.get(n, torch.zeros_like(replayed.theta[n])).reshape(-1).double() for n in names or [name]
             ]
             penalty = torch.cat(whole).reshape(step.theta.shape)
-        found[name] = (*split_update(member, step, memory, penalty), step)
+        dtype = replayed.theta[names[0] if names else name].dtype
+        found[name] = (*split_update(member, step, memory, penalty, dtype=dtype), step)
     return found
 
 

@@ -31,6 +31,7 @@ class UpdateError:
         size: of the parameter.
         eps: of its dtype.
         updated: False where no optimizer updated it, so that all it moved by is missed.
+        unsure: what a discontinuous update (a sign) may differ by where its argument is rounded.
     """
 
     name: str
@@ -39,15 +40,16 @@ class UpdateError:
     size: float
     eps: float
     updated: bool = True
+    unsure: float = 0.0
 
     @property
     def allowed(self) -> float:
-        """What rounding may make of ``missed``: ``sqrt(eps) moved + 8 eps size``.
+        """What rounding may make of ``missed``: ``sqrt(eps) moved + 8 eps size + unsure``.
 
         The optimizer computes its update, and the states behind it, in the parameter's precision, where an error of
         eps may grow in differences of almost equal numbers, and adds it to numbers that are off by eps themselves.
         """
-        return math.sqrt(self.eps) * self.moved + _MISSED * self.eps * self.size
+        return math.sqrt(self.eps) * self.moved + _MISSED * self.eps * self.size + self.unsure
 
 
 def update_errors(
@@ -67,7 +69,8 @@ def update_errors(
         moved = float(displacement.norm())
         missed = moved if update is None else float((update.declared - displacement).norm())
         size = float(after.double().norm()) if moved or missed else 0.0
-        found.append(UpdateError(name, missed, moved, size, eps, update is not None))
+        unsure = 0.0 if update is None else update.unsure
+        found.append(UpdateError(name, missed, moved, size, eps, update is not None, unsure))
     return found
 
 
