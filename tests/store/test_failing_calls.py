@@ -20,7 +20,7 @@ from explaind_core.store.json_files import JsonFiles
 from explaind_core.store.writing_lock import LockWords, WritingLock
 from explaind_core.testing import record_example
 from support.failing_files import FailingFiles, Fault, Faults
-from support.histories import Training
+from support.history_model import Training
 from support.interrupted_training import Training as Whole
 from support.unreliable_storage import Unreliable
 

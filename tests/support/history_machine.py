@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from support.failing_files import FOR_GOOD, HOWS, KINDS, Fault
-from support.histories import Violation, World
+from support.histories import World
+from support.history_model import Violation
 
 #: The most calls of one kind before the one that goes wrong.
 _CALLS = 60
@@ -82,9 +83,13 @@ class Histories(RuleBasedStateMachine):
         durable=st.sampled_from(["steps", "snapshots", "close"]),
         behind=st.sampled_from([0, 0, 2]),
         fault=st.none() | FAULTS,
+        count=st.integers(0, 5),
     )
-    def begin(self, local, durable, behind, fault):
+    def begin(self, local, durable, behind, fault, count):
         self._do(self.world.begin, local=local, durable=durable, behind=behind, fault=_of(fault, local=local))
+        place = self._place(0, live=True)
+        if place is not None and count:
+            self._do(self.world.record, place, count, flush=False)
 
     @rule(fault=FAULTS, which=_SOME, count=st.integers(1, 4), flush=st.booleans())
     def record(self, fault, which, count, flush):
