@@ -221,13 +221,14 @@ class JsonFiles:
             raise self._write_error(self.path, error) from error
 
     def _write(self, path: Path, parts: list[Any], *, durable: bool = False) -> None:
-        if not durable:
-            self._unsynced.append(path)
         try:
             self._check_way(path)
             replace(path, parts, durable=durable)
         except OSError as error:
             raise self._write_error(path, error) from error
+        finally:  # not before: a sync of another thread would pass over it
+            if not durable:
+                self._unsynced.append(path)
 
     def _check_way(self, path: Path) -> None:
         """Refuse a folder of the store that is a link: files beyond it are none of the store's."""
@@ -235,11 +236,12 @@ class JsonFiles:
             check_below(self.path, path)
 
     def _append(self, path: Path, size: int, content: bytes) -> int:
-        self._unsynced.append(path)
         try:
             return append(path, size, content)
         except OSError as error:
             raise self._write_error(path, error) from error
+        finally:
+            self._unsynced.append(path)
 
     def _remove(self, path: Path) -> None:
         """Delete a file or a folder, where it is there."""

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import explaind_core as explaind
 from explaind_core.errors import ExplaindError, StoreError
 from explaind_core.results.array_metadata import check_folder
-from explaind_core.store import locate, sync_folders
+from explaind_core.store import json_files, locate, sync_folders
 from explaind_core.store.json_files import JsonFiles
 from explaind_core.store.writing_lock import LockWords, WritingLock
 from explaind_core.testing import record_example
@@ -118,6 +118,22 @@ def test_a_folder_in_which_all_was_deleted_is_synced(tmp_path, files):
     store.sync(everything=True)
     files.disk.fail(lambda _: 0)  # the old, wherever there may be it
     assert list((tmp_path / "run" / "steps").iterdir()) == []
+
+
+@pytest.mark.parametrize("write", ["_write", "_append"])
+def test_what_is_written_while_another_thread_syncs_is_synced_next(tmp_path, files, monkeypatch, write):
+    store, name = JsonFiles(tmp_path), "replace" if write == "_write" else "append"
+    real = getattr(json_files, name)
+
+    def meanwhile(*args, **kwargs):
+        store.sync()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(json_files, name, meanwhile)
+    store._write(tmp_path / "a", [b"1"]) if write == "_write" else store._append(tmp_path / "a", 0, b"1")
+    store.sync()
+    files.disk.fail(lambda n: n - 1)
+    assert (tmp_path / "a").read_bytes() == b"1"
 
 
 def test_an_import_that_returned_is_there(tmp_path, files):
