@@ -13,8 +13,8 @@ from support.history_machine import Histories
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux what a descriptor is of")
 SHORT = settings(
     deadline=None,
-    max_examples=30,
-    stateful_step_count=12,
+    max_examples=20,
+    stateful_step_count=8,
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
