@@ -45,10 +45,11 @@ docs: $(VENV)/installed
 matrix: $(VENV)/installed
 	PYTHONPATH=tests $(BIN)/python -m support.loop_cells
 
-# Random kills of recordings and attributions, and random damage to stored files.
+# Random kills of recordings and attributions, histories under faults of every call, and random damage to stored files.
 faults: $(VENV)/installed
 	$(BIN)/python benchmarks/faults.py recording
 	$(BIN)/python benchmarks/faults.py attribution
+	$(BIN)/python benchmarks/faults.py histories 1000 0
 	$(BIN)/python benchmarks/damage.py 1000 0
 
 # Small changes of one module, one at a time, and which of them no test notices: make mutants ARGS="MODULE [TESTS ...]".

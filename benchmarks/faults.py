@@ -3,6 +3,8 @@
     python benchmarks/faults.py recording               200 random kills of a training of 300 steps
     python benchmarks/faults.py attribution             50 random kills of attribute(..., out=)
     python benchmarks/faults.py writes                  a short recording and short attributions, killed at every write
+    python benchmarks/faults.py histories 1000 0        so many histories drawn from a seed: recordings, kills, losses
+                                                        of power, calls that fail, in any order
 
 After each kill everything that was finished must be readable and what it would have been, and another process takes
 it up until the end, where it must be what it would have been without the kill, bit by bit. Exit status 0 means that
@@ -22,6 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from histories import histories
 from killed_attributions import questions
 from killed_recordings import Recording, Training
 from killing import kills_at_writes, random_kills
@@ -65,7 +68,8 @@ def writes(modes: Sequence[str], stride: int, steps: int = 3) -> bool:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["recording", "attribution", "writes"])
+    parser.add_argument("what", choices=["recording", "attribution", "writes", "histories"])
+    parser.add_argument("numbers", type=int, nargs="*", help="histories: how many, 1000, and the seed, 0")
     parser.add_argument("--kills", type=int, help="200 of recordings (of each mode), 50 of attributions")
     parser.add_argument("--steps", type=int, help="of the training: 300, or 60 for attributions")
     parser.add_argument("--modes", default="steps", help="of Recorder, separated by commas")
@@ -81,8 +85,10 @@ def main() -> None:
         holds = recordings(given.kills or 200, given.steps or 300, modes, given.seed, given.seeds)
     elif given.what == "attribution":
         holds = attributions(given.kills or 50, given.steps or 60, given.seed)
-    else:
+    elif given.what == "writes":
         holds = writes(modes, given.stride)
+    else:
+        holds = histories(*given.numbers or [1000])
     sys.exit(0 if holds else 1)
 
 

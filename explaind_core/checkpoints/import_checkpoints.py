@@ -76,6 +76,7 @@ def import_checkpoints(
             )
         begun = {**manifest, "run": store.begin()}
         store.write_json(UNFINISHED_NAME, begun)
+    store.sync_name()
     for key in ("labels", "model"):
         if begun[key] != manifest[key]:
             raise _others(store.path, key, begun[key], manifest[key])

@@ -16,7 +16,7 @@ from upath import UPath
 
 from explaind_core.checkpoints.checkpoint_store import CheckpointStore, StoredCheckpoint
 from explaind_core.errors import NonFiniteError, QuestionError, StoreError
-from explaind_core.store import locate, opened, reason
+from explaind_core.store import is_folder, locate, names_in, opened, reason
 from explaind_core.training_step import ParameterInfo
 
 __all__ = ["Checkpoints", "StateDict", "read_checkpoint"]
@@ -132,9 +132,10 @@ def _sources(checkpoints: Any) -> tuple[list[Source], list[int | str]]:
 def _folder(folder: Path) -> tuple[list[Source], list[int | str]]:
     """The safetensors files of a folder in the order of the one number that their names differ in."""
     remedy = "give a list of paths, in order, with labels="
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise StoreError("there is no such folder of checkpoints", where=folder, remedy=remedy)
-    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLED)
+    names = names_in(folder)
+    pickled = [name for name in names if Path(name).suffix in _PICKLED]
     if pickled:
         raise StoreError(
             "the folder holds checkpoints that are not safetensors files",
@@ -143,7 +144,7 @@ def _folder(folder: Path) -> tuple[list[Source], list[int | str]]:
             got=pickled[:3],
             remedy="opening them would run code; write them with safetensors.torch.save_file, or move them away",
         )
-    paths = list(folder.glob("*.safetensors"))
+    paths = [folder / name for name in names if name.endswith(".safetensors")]
     for path in paths:
         _check_plain(path, remedy)
     numbers = [[int(x) for x in re.findall(r"\d+", p.stem)] for p in paths]

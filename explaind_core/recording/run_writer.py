@@ -18,7 +18,7 @@ from explaind_core.recording.batch_log import BatchLog
 from explaind_core.recording.inner_iterations import Evaluation
 from explaind_core.recording.last_state import LastState, state_at_start
 from explaind_core.recording.subject import Subject
-from explaind_core.store import FORMAT, VERSION, RunStore, WriteQueue, sync_folders
+from explaind_core.store import FORMAT, VERSION, RunStore, WriteQueue
 from explaind_core.tensors import check_parameters, copied
 from explaind_core.training_step import describe_loss, environment, model_parts, provenance
 
@@ -130,7 +130,7 @@ class RunWriter:
         # The start holds the manifest, too: it is small, and without it nothing could be read.
         self.store.write_tensors(self.store.start_path, header | {"manifest": manifest}, start | tensors)
         self.store.sync()
-        sync_folders(self.store.path.absolute().parents)  # which may have been made just now
+        self.store.sync_name()
         # The manifest comes last: a folder without one is not a run.
         self.store.write_json("manifest.json", manifest)
 

@@ -14,7 +14,18 @@ from typing import Any
 import numpy as np
 
 from explaind_core.errors import StoreError
-from explaind_core.store import ANY_NUMBER, COUNT, JSON, NUMBER, POSITIVE, Every, OneOf, Only, mismatch
+from explaind_core.store import (
+    ANY_NUMBER,
+    COUNT,
+    JSON,
+    NUMBER,
+    POSITIVE,
+    Every,
+    OneOf,
+    Only,
+    everything_below,
+    mismatch,
+)
 
 __all__ = ["DOCUMENT", "LARGEST_CHUNK", "RECORD_FIELDS", "check_arrays", "check_folder", "chunk_bytes", "declared_text"]
 
@@ -191,7 +202,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         StoreError: there is one, anywhere in it.
     """
-    found = sorted(path.name for path in folder.rglob(".z*"))
+    found = sorted(path.name for path in everything_below(folder) if path.name.startswith(".z"))
     if found:
         raise StoreError(
             "the result holds metadata of zarr's format 2, which are never read",

@@ -26,6 +26,7 @@ from explaind_core.results.zarr_folder import PARTIAL, check_plain_folder, zarr_
 from explaind_core.store import (
     LockWords,
     WritingLock,
+    exists,
     is_local,
     locate,
     read_bytes,
@@ -112,7 +113,7 @@ class ResultWriter:
                 self._held = held.pop_all()
             return self
         self._check()
-        if is_local(self._folder) and _lock_path(self._folder).exists():
+        if is_local(self._folder) and exists(_lock_path(self._folder)):
             with suppress(StoreError), _alone(self._folder):  # which removes it: somebody was killed when all was done
                 pass
         return self

@@ -138,7 +138,10 @@ def check_files(folder: Path, record: Record, *, contents: bool, follow_links: b
             raise _damaged(folder, key, "is damaged: the checksum differs")
         if _parsed(raw) != record.arrays[key.rpartition("/")[0]]:
             raise _damaged(folder, key, f"says something else than {GROUP} says of that array")
-    group = zarr.open_group(zarr_store(folder, read_only=True), mode="r", zarr_format=3, use_consolidated=True)
+    try:
+        group = zarr.open_group(zarr_store(folder, read_only=True), mode="r", zarr_format=3, use_consolidated=True)
+    except OSError as error:
+        raise _damaged(folder, GROUP, f"cannot be read: {reason(error)}") from error
     labels = {*str(record.attributes.get("coordinates", "")).split()}
     labels |= {dim for metadata in record.arrays.values() for dim in metadata.get("dimension_names", ())}
     for name, metadata in record.arrays.items():

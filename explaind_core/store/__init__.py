@@ -8,7 +8,7 @@ from __future__ import annotations
 from explaind_core.store.compression import pack, unpack
 from explaind_core.store.digest import digest
 from explaind_core.store.durable import sync, sync_folders
-from explaind_core.store.folder_contents import exists, is_folder, names_in, size_of
+from explaind_core.store.folder_contents import everything_below, exists, is_folder, names_in, size_of
 from explaind_core.store.guarded_files import check_tree
 from explaind_core.store.integrity import damages
 from explaind_core.store.json_files import MANIFEST_NAME, VERSION
@@ -79,6 +79,7 @@ __all__ = [
     "check_tree",
     "damages",
     "digest",
+    "everything_below",
     "exists",
     "is_folder",
     "is_local",

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 __all__ = ["sync", "sync_file", "sync_folders"]
+
+#: How a system says that it cannot sync a folder, or open one: such systems name files at once.
+_NO_FOLDERS = {errno.EINVAL, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF, errno.ENOTSUP, errno.ENOSYS}
 
 
 def sync_file(path: Path) -> None:
@@ -28,18 +32,25 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folders(folders: Iterable[Path]) -> None:
-    """Have the names in folders on disk, where the system can.
+    """Have the names in folders on disk, where the system can. One that was deleted since is passed over.
 
     Args:
         folders: of this machine; others are passed over.
+
+    Raises:
+        OSError: the disk failed: what was written may be lost.
     """
     for folder in sorted({f for f in folders if isinstance(f, Path)}, key=lambda f: len(f.parts), reverse=True):
-        with contextlib.suppress(OSError):  # some systems cannot open a folder, or sync it: they name files at once
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                descriptor = os.open(folder, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+        except OSError as error:
+            if error.errno not in _NO_FOLDERS:
+                raise
 
 
 def sync(paths: Iterable[Path], *, top: Path) -> None:

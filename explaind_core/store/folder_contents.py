@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from explaind_core.store import remote_files as remote
 from explaind_core.store.locations import is_local, reason
 from explaind_core.store.remote_files import StorageError
 
-__all__ = ["exists", "is_folder", "names_in", "size_of", "total_bytes"]
+__all__ = ["everything_below", "exists", "is_folder", "is_link", "names_in", "size_of", "total_bytes"]
 
 
 def _kind(path: Path) -> tuple[str, int] | None:
@@ -66,6 +67,26 @@ def is_folder(path: Path) -> bool:
         StorageError: nobody knows.
     """
     return (_kind(path) or ("", 0))[0] == "directory"
+
+
+def is_link(path: Path) -> bool:
+    """Whether a symbolic link lies there.
+
+    Args:
+        path: of this machine.
+
+    Returns:
+        False, too, where it is known that nothing is there.
+
+    Raises:
+        StorageError: nobody knows.
+    """
+    try:
+        return stat.S_ISLNK(path.lstat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise _unknown(path, error) from error
 
 
 def size_of(path: Path) -> int | None:
@@ -129,4 +150,35 @@ def total_bytes(folder: Path) -> int:
     """
     if not is_local(folder):
         return remote.total_bytes(folder)
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum(size_of(path) or 0 for path in everything_below(folder))
+
+
+def everything_below(folder: Path) -> Iterator[Path]:
+    """Whatever lies in a folder and in the folders below it; links are not followed.
+
+    Args:
+        folder: a folder; nothing need be there.
+
+    Yields:
+        Paths of folders, and of whatever else there is.
+
+    Raises:
+        StorageError: one of the folders cannot be listed.
+
+    Example:
+        >>> folder = locate("memory://everything_below")
+        >>> replace(folder / "a/b", [b"1234"])
+        >>> sorted(path.name for path in everything_below(folder))
+        ['a', 'b']
+        >>> remove(folder)
+    """
+    if not is_local(folder):
+        yield from (path for path, _ in remote.below(folder))
+        return
+
+    def told(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise _unknown(Path(error.filename or folder), error) from error
+
+    for place, folders, files in os.walk(folder, onerror=told):
+        yield from (Path(place, name) for name in (*folders, *files))

@@ -23,7 +23,6 @@ __all__ = [
     "check_tree",
     "fresh_name",
     "is_inside",
-    "is_plain",
     "opened_plain",
     "overwrite_plain",
 ]
@@ -83,21 +82,6 @@ def fresh_name(path: Path, ending: str) -> Path:
 
 
 # ---------------------------------------------------------------------- looking
-def is_plain(path: Path) -> bool:
-    """Whether there is a plain file, and no link to one.
-
-    Args:
-        path: of this machine.
-
-    Returns:
-        False, too, where there is nothing.
-    """
-    try:
-        return stat.S_ISREG(path.lstat().st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-
-
 def check_below(folder: Path, path: Path) -> None:
     """Refuse a path on which a folder below ``folder`` is a link: it would lead out.
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from explaind_core.errors import StoreError
 from explaind_core.store import sealed_json as sealed
-from explaind_core.store.durable import sync
-from explaind_core.store.folder_contents import size_of
+from explaind_core.store.durable import sync, sync_folders
+from explaind_core.store.folder_contents import everything_below, is_folder, is_link, size_of
 from explaind_core.store.generations import GENERATIONS_NAME, Generations
 from explaind_core.store.guarded_files import check_below
 from explaind_core.store.locations import (
@@ -197,24 +197,38 @@ class JsonFiles:
         Raises:
             StoreError: it cannot be written.
         """
-        paths = (
-            {path for path in self.path.rglob("*") if path.is_file()} if everything and is_local(self.path) else set()
-        )
+        paths = set()
         while self._unsynced:  # one by one: another thread may be adding to it
             paths.add(self._unsynced.popleft())
         try:
-            sync(paths, top=self.path)
+            below = list(everything_below(self.path)) if everything and is_local(self.path) else []
+            sync(paths.union(path for path in below if size_of(path) is not None), top=self.path)
+            # Folders in which all was deleted, too.
+            sync_folders(path for path in below if is_folder(path) and not is_link(path))
+        except OSError as error:
+            self._unsynced.extend(paths)
+            raise self._write_error(self.path, error) from error
+
+    def sync_name(self) -> None:
+        """Have the folder itself on disk, and those that it lies in, which may have been made just now.
+
+        Raises:
+            StoreError: the disk failed.
+        """
+        try:
+            sync_folders(self.path.absolute().parents)
         except OSError as error:
             raise self._write_error(self.path, error) from error
 
     def _write(self, path: Path, parts: list[Any], *, durable: bool = False) -> None:
-        if not durable:
-            self._unsynced.append(path)
         try:
             self._check_way(path)
             replace(path, parts, durable=durable)
         except OSError as error:
             raise self._write_error(path, error) from error
+        finally:  # not before: a sync of another thread would pass over it
+            if not durable:
+                self._unsynced.append(path)
 
     def _check_way(self, path: Path) -> None:
         """Refuse a folder of the store that is a link: files beyond it are none of the store's."""
@@ -222,11 +236,12 @@ class JsonFiles:
             check_below(self.path, path)
 
     def _append(self, path: Path, size: int, content: bytes) -> int:
-        self._unsynced.append(path)
         try:
             return append(path, size, content)
         except OSError as error:
             raise self._write_error(path, error) from error
+        finally:
+            self._unsynced.append(path)
 
     def _remove(self, path: Path) -> None:
         """Delete a file or a folder, where it is there."""

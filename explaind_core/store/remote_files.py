@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from explaind_core.errors import StoreError
 
-__all__ = ["Entry", "StorageError", "entries", "forget", "kind", "opened", "remove", "total_bytes", "write"]
+__all__ = ["Entry", "StorageError", "below", "entries", "forget", "kind", "opened", "remove", "total_bytes", "write"]
 
 T = TypeVar("T")
 #: Seconds before each further attempt.
@@ -160,12 +160,22 @@ def entries(folder: Path) -> list[Entry]:
     ]
 
 
-def _below(folder: Path) -> Iterator[tuple[Path, Entry]]:
-    """Whatever lies in a folder and in the folders below it, the innermost first."""
+def below(folder: Path) -> Iterator[tuple[Path, Entry]]:
+    """Whatever lies in a folder and in the folders below it, the innermost first.
+
+    Args:
+        folder: an address.
+
+    Yields:
+        Paths, and what each is.
+
+    Raises:
+        StorageError: nobody knows.
+    """
     for entry in entries(folder):
         path = folder / entry.name
         if entry.folder:
-            yield from _below(path)
+            yield from below(path)
         yield path, entry
 
 
@@ -181,7 +191,7 @@ def total_bytes(folder: Path) -> int:
     Raises:
         StorageError: nobody knows.
     """
-    return sum(entry.size for _, entry in _below(folder) if not entry.folder)
+    return sum(entry.size for _, entry in below(folder) if not entry.folder)
 
 
 # ---------------------------------------------------------------------- reading
@@ -270,14 +280,14 @@ def remove(path: Path) -> None:
 
 def _removed(path: Path, what: str) -> None:
     files = _files(path)
-    below = list(_below(path)) if what == "directory" else [(path, Entry(path.name, False, 0))]
-    names = [_name(p) for p, entry in below if not entry.folder]
+    inside = list(below(path)) if what == "directory" else [(path, Entry(path.name, False, 0))]
+    names = [_name(p) for p, entry in inside if not entry.folder]
     if any(set("*?[]") & set(name) for name in names):  # which would be taken for patterns
         for name in names:
             files.rm_file(name)
     elif names:
         files.rm(names)
-    folders = [*(p for p, entry in below if entry.folder), path] if what == "directory" else []
+    folders = [*(p for p, entry in inside if entry.folder), path] if what == "directory" else []
     for folder in folders:
         if _info(folder) is not None:  # where folders are but parts of names they are gone with what was in them
             with contextlib.suppress(FileNotFoundError):

@@ -19,8 +19,7 @@ import re
 from pathlib import Path
 
 from explaind_core.errors import StoreError
-from explaind_core.store.folder_contents import exists, is_folder, names_in, size_of
-from explaind_core.store.guarded_files import is_plain
+from explaind_core.store.folder_contents import exists, is_folder, is_link, names_in, size_of
 from explaind_core.store.json_files import MANIFEST_NAME
 from explaind_core.store.locations import UNFINISHED, is_local
 from explaind_core.store.remote_files import StorageError
@@ -127,7 +126,7 @@ class RunLayout(StoreFiles):
     def _is_left(self, name: str, names: re.Pattern[str]) -> bool:
         # A link is no file that a recording leaves: it is whoever planted it who must say what it is for.
         path = self.path / name
-        return bool(names.fullmatch(name)) and (is_plain(path) if is_local(path) else size_of(path) is not None)
+        return bool(names.fullmatch(name)) and size_of(path) is not None and not (is_local(path) and is_link(path))
 
     def found_steps(self) -> list[int]:
         """The steps whose files are there.
@@ -141,7 +140,7 @@ class RunLayout(StoreFiles):
         folders = [self.path / name for name in ("steps", "snapshots", "batches")]
         folders += [folders[0] / name for name in names_in(folders[0])]
         for folder in folders:
-            if is_local(folder) and folder.is_symlink():
+            if is_local(folder) and is_link(folder):
                 raise StoreError(
                     "a folder of the run store is a symbolic link",
                     where=folder,

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from explaind_core import trees
 from explaind_core.errors import StoreError
 from explaind_core.rules import each_optimizer
-from explaind_core.store.locations import is_local
+from explaind_core.store.folder_contents import exists
+from explaind_core.store.locations import is_local, reason
 from explaind_core.store.readable_size import readable_size
 
 __all__ = ["StoreSize", "check_space", "store_size"]
@@ -119,8 +120,13 @@ def check_space(path: Path, size: StoreSize) -> None:
     """
     if not is_local(path):  # elsewhere nobody tells
         return
-    folder = next(p for p in (path, *path.absolute().parents) if p.exists())
-    free = shutil.disk_usage(folder).free
+    folder = next(p for p in (path, *path.absolute().parents) if exists(p))
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise StoreError(
+            f"nobody can tell how much room there is: {reason(error)}", where=folder, remedy="leave out expected_steps="
+        ) from error
     if size.total > free:
         raise StoreError(
             "the run may not fit on the disk",

@@ -20,8 +20,8 @@ from explaind_core.store.locations import write_error
 __all__ = ["LockWords", "WritingLock"]
 
 
-#: What a lock says; nothing while it is made, or on a full disk.
-_SAID = re.compile(rb"(process \d+ on [^\n]*\n?)?")
+#: What a lock says, or a part of that, or zeros: while it is made, on a full disk, after a loss of power.
+_SAID = re.compile(rb"(process \d+ on [^\n\0]*\n?|process \d+( (on?)?)?|process \d*|(p(r(o(c(e(ss?)?)?)?)?)?)?)\0*")
 _LONGEST = 1024
 
 
@@ -79,7 +79,7 @@ class WritingLock:
             raise _taken(former, where, words)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if os.path.lexists(path) and _words_in(path) is None:
+            if _words_in(path) is None:
                 raise StoreError(
                     "something else than a lock lies where the lock must be",
                     where=path,

@@ -24,6 +24,7 @@ class Unreliable(MemoryFileSystem):
     store = {}  # noqa: RUF012 (the class's own, as its parent has it)
     pseudo_dirs = [""]  # noqa: RUF012
     made, first, times, late, inside = 0, None, 0, False, False
+    faults = None  # of support.failing_files: asked at every call
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -39,6 +40,14 @@ class Unreliable(MemoryFileSystem):
             cls.first = None
 
 
+def _alone(kind, act):
+    kind.inside = True
+    try:
+        return act()
+    finally:
+        kind.inside = False
+
+
 def _failing(name):
     method = getattr(MemoryFileSystem, name)
 
@@ -47,15 +56,13 @@ def _failing(name):
         kind = type(self)
         if kind.inside:  # of one call of the library the storage sees one
             return method(self, *args, **kwargs)
+        if kind.faults is not None:
+            return kind.faults.call("storage", lambda: _alone(kind, lambda: method(self, *args, **kwargs)))
         kind.made += 1
         fails = kind.first is not None and kind.first <= kind.made - 1 < kind.first + kind.times
         if fails and not kind.late:
             raise ClientError(f"{name}: 503 slow down")
-        kind.inside = True
-        try:
-            found = method(self, *args, **kwargs)
-        finally:
-            kind.inside = False
+        found = _alone(kind, lambda: method(self, *args, **kwargs))
         if fails:
             raise TimeoutError(f"{name}: no answer")
         return found
