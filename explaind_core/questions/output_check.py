@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 from torch.func import functional_call
@@ -87,7 +89,10 @@ def _entries(run: Run, s: int, micro: MicroBatch, forward: ForwardState) -> dict
     state = run.theta(s - 1, point="gradient") | run.buffers(s - 1) | run.buffers_before(s)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     held, inputs = (trees.map_tensors(lambda t: t.detach().clone().to(device), of) for of in (state, micro.inputs))
-    with torch.no_grad(), forward.applied(model):
+    for name, info in run.parameters.items():  # as in training: some models ask whether there is a gradient to come
+        held[name].requires_grad_(info.trained)
+    with warnings.catch_warnings(), torch.enable_grad(), forward.applied(model):
+        warnings.simplefilter("ignore")  # whatever the model warns of, it did so in training
         return output_entries(run_model(lambda *a, **k: functional_call(model, held, a, k), inputs))
 
 

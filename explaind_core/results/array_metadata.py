@@ -97,12 +97,13 @@ _TEXTS = (
 )
 _COUNTS = ("inferred?", "first_step?", "last_step?", "steps_asked?", "layers_restricted?", "gradients_restricted?",
            "nodes_used?", "nodes_evaluated?", "steps_not_converged?", "chords?")  # fmt: skip
-_MEASURED = ("tolerance?", "update_error?", "correction?", "tail_dropped?", "unattributed_gradient?",
+_MEASURED = ("tolerance?", "update_error?", "correction?", "unattributed_gradient?",
              "unattributed_largest?")  # fmt: skip
 _ATTRIBUTES: Any = {
     **dict.fromkeys(_TEXTS, str),
     **dict.fromkeys(_COUNTS, COUNT),
     **dict.fromkeys(_MEASURED, ANY_NUMBER),
+    "tail_dropped?": (ANY_NUMBER, str),
     "gradient_factor?": [ANY_NUMBER],
     "tensors?": [str],
 }

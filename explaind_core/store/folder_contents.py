@@ -48,6 +48,7 @@ def exists(path: Path) -> bool:
         StorageError: nobody knows.
 
     Example:
+        >>> from explaind_core.store import locate
         >>> exists(locate("memory://nothing/here"))
         False
     """
@@ -118,6 +119,7 @@ def names_in(folder: Path) -> list[str]:
         StorageError: it cannot be listed.
 
     Example:
+        >>> from explaind_core.store import locate
         >>> names_in(locate("memory://nothing/here"))
         []
     """
@@ -141,6 +143,7 @@ def total_bytes(folder: Path) -> int:
         Bytes; 0 where there is nothing.
 
     Example:
+        >>> from explaind_core.store.locations import locate, remove, replace
         >>> folder = locate("memory://total_bytes")
         >>> replace(folder / "a/b", [b"1234"]), replace(folder / "c", [b"56"])
         (None, None)
@@ -166,6 +169,7 @@ def everything_below(folder: Path) -> Iterator[Path]:
         StorageError: one of the folders cannot be listed.
 
     Example:
+        >>> from explaind_core.store.locations import locate, remove, replace
         >>> folder = locate("memory://everything_below")
         >>> replace(folder / "a/b", [b"1234"])
         >>> sorted(path.name for path in everything_below(folder))

@@ -16,7 +16,7 @@ from torch import nn
 
 import explaind_core as explaind
 from explaind_core import errors, trees
-from explaind_core.store import locations, run_store
+from explaind_core.store import json_files, locations
 from explaind_core.store.run_store import RunStore
 from explaind_core.testing import record_example
 
@@ -118,7 +118,7 @@ def test_whatever_a_kill_leaves_of_deleting_the_last_steps_is_a_run(monkeypatch,
     """Steps go from the last one on, and what is left is without a hole."""
     run = record_example(steps=6)
     (run.path / "closed.json").unlink()  # as resuming leaves it
-    removed, remove = [], run_store.remove
+    removed, remove = [], json_files.remove
 
     def killed(path):
         if path.parent.parent.name == "steps":
@@ -127,12 +127,12 @@ def test_whatever_a_kill_leaves_of_deleting_the_last_steps_is_a_run(monkeypatch,
             removed.append(int(path.stem))
         remove(path)
 
-    monkeypatch.setattr(run_store, "remove", killed)
+    monkeypatch.setattr(json_files, "remove", killed)
     if deleted < 4:
         with pytest.raises(KeyboardInterrupt):
-            run.store.delete_after(2)
+            run.store.go_on(2)
     else:
-        run.store.delete_after(2)
+        run.store.go_on(2)
     assert removed == [6, 5, 4, 3][:deleted]
     assert run.store.found_steps() == list(range(1, 7 - deleted))
     assert len(explaind.open_run(run.path).steps) == 6 - deleted
