@@ -43,7 +43,7 @@ def interrupt(record, *args, **options):
         record(*args, interrupted=True, **options)
 
 
-@settings(deadline=None, max_examples=25, phases=[Phase.generate])
+@settings(deadline=None, max_examples=25, derandomize=True, phases=[Phase.generate])
 @given(
     data=st.data(),
     durable=st.sampled_from(["steps", "snapshots", "close"]),
@@ -156,7 +156,7 @@ def test_a_snapshot_that_was_never_synced_is_passed_over(tmp_path):
 
 
 # ------------------------------------------------------------------ results
-@settings(deadline=None, max_examples=8, phases=[Phase.generate])
+@settings(deadline=None, max_examples=8, derandomize=True, phases=[Phase.generate])
 @given(data=st.data())
 def test_blocks_of_a_result_that_count_are_there(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("result")
