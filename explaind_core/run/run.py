@@ -276,7 +276,8 @@ def open_run(
     Example:
         >>> import explaind_core as explaind
         >>> from explaind_core.testing import record_example
-        >>> run = explaind.open_run(record_example(steps=3).path, until=2)
+        >>> recorded = record_example(steps=3)  # its files go with it
+        >>> run = explaind.open_run(recorded.path, until=2)
         >>> len(run.steps), run.hyper(1)[0]["lr"]
         (2, 0.01)
         >>> explaind.open_run("nowhere")

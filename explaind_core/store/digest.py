@@ -39,8 +39,8 @@ def digest(path: str | os.PathLike[str]) -> str:
     Example:
         >>> import explaind_core as explaind
         >>> from explaind_core.testing import record_example
-        >>> run = record_example(steps=2)
-        >>> len(explaind.digest(run.path)), explaind.digest(run.path) == explaind.digest(record_example(steps=2).path)
+        >>> run, other = record_example(steps=2), record_example(steps=2)
+        >>> len(explaind.digest(run.path)), explaind.digest(run.path) == explaind.digest(other.path)
         (64, False)
     """
     folder = locate(path)

@@ -31,7 +31,8 @@ def damages(store: RunStore, *, progress: bool = False) -> tuple[StoreError, ...
 
     Example:
         >>> from explaind_core.testing import record_example
-        >>> damages(record_example(steps=2).store)
+        >>> run = record_example(steps=2)  # its files go with it
+        >>> damages(run.store)
         ()
     """
     found: list[StoreError] = []

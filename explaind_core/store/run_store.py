@@ -55,7 +55,8 @@ class RunStore(RunLayout):
 
     Example:
         >>> from explaind_core.testing import record_example
-        >>> store = RunStore(record_example(steps=2).path)
+        >>> run = record_example(steps=2)  # its files go with it
+        >>> store = RunStore(run.path)
         >>> store.count_steps(), store.step_path(2).relative_to(store.path).as_posix()
         (2, 'steps/000/000002.safetensors')
     """

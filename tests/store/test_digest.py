@@ -19,7 +19,8 @@ from explaind_core.testing import record_example
 
 @pytest.fixture
 def run(tmp_path):
-    return shutil.copytree(record_example(steps=3).path, tmp_path / "run")
+    example = record_example(steps=3)  # its files go with it
+    return shutil.copytree(example.path, tmp_path / "run")
 
 
 def expected(folder):

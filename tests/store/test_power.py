@@ -106,8 +106,9 @@ def test_an_unknown_promise_is_refused(tmp_path):
 
 
 def test_until_is_a_step_or_intact():
+    run = record_example(steps=1)
     with pytest.raises(QuestionError, match=r"until which step[\s\S]*'intact'[\s\S]*whole"):
-        explaind.open_run(record_example(steps=1).path, until="whole")
+        explaind.open_run(run.path, until="whole")
 
 
 # ------------------------------------------------------------------ single files, as no promise leaves them
