@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from explaind_core.errors import StoreError
-from explaind_core.store.folder_contents import is_folder, names_in, size_of
+from explaind_core.store.folder_contents import everything_below, size_of
 from explaind_core.store.guarded_files import NotPlainError, check_tree
 from explaind_core.store.locations import UNFINISHED, is_local, locate, opened, reason
 from explaind_core.store.run_layout import LOCK_NAME
@@ -48,7 +48,7 @@ def digest(path: str | os.PathLike[str]) -> str:
     try:
         if is_local(folder):
             check_tree(folder)
-        for name in sorted(_files(folder, "")):
+        for name in sorted(_files(folder)):
             total.update(f"{_file(folder / name)}  {name}\n".encode())
             empty = False
     except NotPlainError as error:
@@ -62,12 +62,10 @@ def digest(path: str | os.PathLike[str]) -> str:
     return total.hexdigest()
 
 
-def _files(folder: Path, inside: str) -> Iterator[str]:
-    for name in names_in(folder):
-        if is_folder(folder / name):
-            yield from _files(folder / name, f"{inside}{name}/")
-        elif size_of(folder / name) is not None and name != LOCK_NAME and not name.endswith(UNFINISHED):
-            yield inside + name
+def _files(folder: Path) -> Iterator[str]:
+    for path in everything_below(folder):
+        if size_of(path) is not None and path.name != LOCK_NAME and not path.name.endswith(UNFINISHED):
+            yield path.relative_to(folder).as_posix()
 
 
 def _file(path: Path) -> str:

@@ -16,14 +16,6 @@ from support.planted import ANY, SECRET, device, hard, pipe, symbolic
 pytestmark = pytest.mark.timeout(60)
 
 
-@pytest.fixture
-def victim(tmp_path):
-    """A file of the user's, outside of every folder in question."""
-    path = tmp_path / "victim"
-    path.write_bytes(SECRET)
-    return path
-
-
 # ------------------------------------------------------------------ results, written
 def place(folder, name):
     """A path in a result; ``a chunk`` is one of the kernel's."""

@@ -30,14 +30,6 @@ from support.planted import ANY, SECRET, device, hard, pipe, symbolic
 pytestmark = pytest.mark.timeout(60)
 
 
-@pytest.fixture
-def victim(tmp_path):
-    """A file of the user's, outside of every folder in question."""
-    path = tmp_path / "victim"
-    path.write_bytes(SECRET)
-    return path
-
-
 def model():
     torch.manual_seed(0)
     return nn.Linear(2, 1)

@@ -17,6 +17,7 @@ from explaind_core.run.run import Run
 from support.attribution_oracles import modules
 from support.axes_oracle import Influences, assert_answers, influences
 from support.axes_runs import BATCHES, CASES, DATA, INPUTS, TARGETS, example, network, record_batches
+from support.growing_filter import Grown
 
 
 @lru_cache
@@ -139,23 +140,6 @@ def test_momentum_that_is_switched_on_and_off_again():
     for keep in (("step", "train", "test", "output"), ("gradient_step", "layer", "test")):
         for steps in (None, {"late": [4]}, {"early": [2], "late": [4]}):
             assert_answers(ask(run, keep, nodes=1, steps=steps), truth, keep, steps=steps)
-
-
-class Grown(UpdateRule):
-    """SGD's rule, but for a state that is only there once there is momentum."""
-
-    optimizers = ("torch.optim.sgd.SGD",)
-    options = frozenset({"lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "foreach", "fused"})
-    fixed = {"differentiable": (False,)}  # noqa: RUF012
-    filter_states = ("momentum_buffer",)
-
-    def coefficients(self, step):
-        mu = step.hyper["momentum"]
-        known = step.before.get("momentum_buffer") is not None
-        return StepCoefficients(
-            filter=LinearFilter.momentum(mu, first=not known) if mu else LinearFilter(),
-            preconditioner=step.hyper["lr"],
-        )
 
 
 def test_a_filter_that_gains_a_state():

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import explaind_core as explaind
-from explaind_core import LinearFilter, StepCoefficients, UpdateRule
 from explaind_core.strategies.adjoint_walk import AdjointWalk, State
 from support.axes_oracle import assert_answers, influences
 from support.axes_runs import BATCHES, DATA, INPUTS, TARGETS, network, record_batches
+from support.growing_filter import Grown
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -29,28 +29,12 @@ def test_a_window_is_forgotten_below_the_rounding_of_what_it_was(dtype, share, k
         assert walk.dropped == ({0: s} if forgotten and share and s > 1 else {})
 
 
-class Late(UpdateRule):
-    """SGD's rule, with a state from the moment on when there is momentum."""
-
-    optimizers = ("torch.optim.sgd.SGD",)
-    options = frozenset({"lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "foreach", "fused"})
-    fixed = {"differentiable": (False,)}  # noqa: RUF012
-    filter_states = ("momentum_buffer",)
-
-    def coefficients(self, step):
-        mu = step.hyper["momentum"]
-        first = step.before.get("momentum_buffer") is None
-        return StepCoefficients(
-            filter=LinearFilter.momentum(mu, first=first) if mu else LinearFilter(), preconditioner=step.hyper["lr"]
-        )
-
-
 def test_the_walk_ends_where_a_state_had_not_appeared(monkeypatch):
     schedule = [{"momentum": mu} for mu in (0.0, 0.0, 0.0, 0.8)]
     run = record_batches(
-        network(), lambda ps: torch.optim.SGD(ps, lr=0.2), DATA, TARGETS, BATCHES, schedule=schedule, rule=Late()
+        network(), lambda ps: torch.optim.SGD(ps, lr=0.2), DATA, TARGETS, BATCHES, schedule=schedule, rule=Grown()
     )  # fmt: skip
-    run = explaind.open_run(run.path, model=run.model, rule=Late())
+    run = explaind.open_run(run.path, model=run.model, rule=Grown())
     walked, advance = [], AdjointWalk.advance
 
     def seen(self, split, *rest):
